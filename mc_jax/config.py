@@ -1,0 +1,233 @@
+"""What a run is made of: frozen dataclasses, one field a decision, checked before anything is compiled.
+
+A recipe (a function that returns a `Config`) is the only place where values are chosen; the command line
+overrides single fields (`--model.segment-length 128`). `validate` names the field and the cure.
+"""
+
+import dataclasses
+import difflib
+import json
+from typing import Any, Literal
+
+MemoryName = Literal["linear"]
+AggregationName = Literal["none", "residual", "gated"]
+SegmentInit = Literal["checkpoint", "independent"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message says which field, why, and the cure, in one line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The language model: blocks of a Memory Caching mixer and a SwiGLU MLP (MATH.md section 5)."""
+
+    num_layers: int = 12
+    """Number of blocks."""
+    model_dim: int = 768
+    """Width of the residual stream; key and value dims are model_dim / num_heads."""
+    num_heads: int = 16
+    """Memories per layer; must divide model_dim."""
+    mlp_dim: int = 2048
+    """Hidden width of the SwiGLU MLP."""
+    memory: MemoryName = "linear"
+    """The recurrence: how tokens are written to a memory."""
+    aggregation: AggregationName = "gated"
+    """How the online and the cached memories are read together; "none" is the base recurrence."""
+    segment_length: int = 256
+    """Tokens after which the memory's state is cached; a multiple of chunk_length."""
+    segment_init: SegmentInit = "checkpoint"
+    """A segment goes on from the last one's state, or starts afresh ("independent")."""
+    chunk_length: int = 64
+    """Tokens that are processed together by matrix products; divides segment_length."""
+    router_keys: Literal["inputs", "keys"] = "inputs"
+    """What is pooled over a segment to be scored: a learned map of the inputs, or the keys."""
+    online_logit: Literal["learned", "running_mean"] = "learned"
+    """The online memory's logit: a learned map of the input, or the score of the segment so far."""
+    convolution_width: int = 4
+    """Width of the causal depth-wise convolution after the q, k and v maps; 1 is none."""
+    tie_embeddings: bool = True
+    """Use the embedding as the output map."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tokens come from and how they are laid in rows."""
+
+    corpus: str = "austen"
+    """An embedded corpus ("austen"), or a folder that `mc-jax prepare` wrote."""
+    tokenizer: Literal["bytes", "bpe"] | None = "bytes"
+    """Tokenizer of an embedded corpus; None with a prepared folder, which has its own."""
+    vocab_size: int | None = None
+    """Vocabulary of the "bpe" tokenizer, which is trained on the training text; None otherwise."""
+    context_length: int = 4096
+    """Tokens in a row: documents are packed into rows, and memories reset at their starts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimizer, schedule, precision, checkpoints."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 8
+    """Rows in an optimizer step."""
+    accumulation: int = 1
+    """Parts a batch is cut into, whose gradients are summed; must divide batch_size."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up before the cosine decay."""
+    final_learning_rate: float = 0.0
+    """Where the cosine ends."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    gradient_clip: float = 1.0
+    """Largest global norm of the gradient."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of activations; weights stay float32. None: float32 on CPU, bfloat16 elsewhere."""
+    seed: int = 0
+    """Seeds initial weights and the order of rows."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The held-out result and the sample at a run's end."""
+
+    stride: int | None = None
+    """Tokens scored per window of a long document, the rest of it being context; None: half a window."""
+    batch_size: int = 8
+    """Windows evaluated together."""
+    sample_prompt: str = "It is a truth universally acknowledged"
+    """What the sample in the report goes on from."""
+    sample_tokens: int = 200
+    """Length of that sample, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def validate(config: Config) -> Config:
+    """Return `config` if its settings fit together.
+
+    Raises:
+      ConfigError: at the first contradiction; one line with field, reason and cure.
+    """
+    model, data, training, evaluation = config.model, config.data, config.training, config.evaluation
+    for part, section in (
+        ("model", model),
+        ("data", data),
+        ("training", training),
+        ("evaluation", evaluation),
+    ):
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            smallest = 0 if field.name in ("warmup_steps", "sample_tokens", "seed") else 1
+            if type(value) is int and value < smallest:
+                raise ConfigError(f"{part}.{field.name} is {value}; set it to {smallest} or more")
+    _must_divide("model.num_heads", model.num_heads, "model.model_dim", model.model_dim)
+    _must_divide("model.chunk_length", model.chunk_length, "model.segment_length", model.segment_length)
+    _must_divide("training.accumulation", training.accumulation, "training.batch_size", training.batch_size)
+    if training.warmup_steps > training.steps:
+        raise ConfigError(
+            f"training.warmup_steps {training.warmup_steps} is more than training.steps {training.steps}; "
+            f"set training.warmup_steps to {training.steps} or less"
+        )
+    for name in ("learning_rate", "gradient_clip"):
+        if getattr(training, name) <= 0:
+            raise ConfigError(f"training.{name} is {getattr(training, name)}; set it above 0")
+    for name in ("final_learning_rate", "weight_decay"):
+        if getattr(training, name) < 0:
+            raise ConfigError(f"training.{name} is {getattr(training, name)}; set it to 0 or more")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(training, name) < 1:
+            raise ConfigError(f"training.{name} is {getattr(training, name)}; set it in [0, 1)")
+    if data.tokenizer == "bpe" and data.vocab_size is None:
+        raise ConfigError("data.tokenizer 'bpe' has no size; set data.vocab_size, for example to 4096")
+    if data.tokenizer != "bpe" and data.vocab_size is not None:
+        raise ConfigError(
+            f"data.vocab_size {data.vocab_size} has no effect with data.tokenizer {data.tokenizer!r}; "
+            "set data.tokenizer to 'bpe' or data.vocab_size to None"
+        )
+    if evaluation.stride is not None and evaluation.stride > data.context_length:
+        raise ConfigError(
+            f"evaluation.stride {evaluation.stride} is more than data.context_length {data.context_length}; "
+            f"set evaluation.stride to {data.context_length} or less"
+        )
+    return config
+
+
+def _must_divide(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    if value % divisor:
+        down, up = value // divisor * divisor, (value // divisor + 1) * divisor
+        choices = f"{up}" if down == 0 else f"{down} or {up}"
+        raise ConfigError(
+            f"{divisor_name} {divisor} does not divide {name} {value}; set {name} to {choices}, "
+            f"or {divisor_name} to a divisor of {value}"
+        )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The config that `to_dict` was given.
+
+    Raises:
+      ConfigError: for a section or field that is not known, with the nearest known name.
+    """
+    sections = {field.name: field.type for field in dataclasses.fields(Config)}
+    built = {}
+    for name, content in values.items():
+        _must_be_known(name, name, sections)
+        section_type: Any = sections[name]
+        known = {field.name for field in dataclasses.fields(section_type)}
+        for field in content:
+            _must_be_known(f"{name}.{field}", field, known)
+        built[name] = section_type(**content)
+    return Config(**built)
+
+
+def _must_be_known(path: str, name: str, known: Any) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        cure = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+        raise ConfigError(f"there is no setting {path}; {cure}")
+
+
+def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields whose values differ: {"model.num_layers": (value in config, value in other)}."""
+    first, second = to_dict(config), to_dict(other)
+    return {
+        f"{section}.{name}": (value, second[section][name])
+        for section, content in first.items()
+        for name, value in content.items()
+        if value != second[section][name]
+    }
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON text."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The config of a `config.json`."""
+    return from_dict(json.loads(text))

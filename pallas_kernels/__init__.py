@@ -1,0 +1,1 @@
+"""One folder per operation; each op picks an implementation and imports nothing of mc_jax."""
