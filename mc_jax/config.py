@@ -7,7 +7,9 @@ overrides single fields (`--model.segment-length 128`). `validate` names the fie
 import dataclasses
 import difflib
 import json
-from typing import Any, Literal
+import math
+import types
+from typing import Any, Literal, Union, get_args, get_origin
 
 MemoryName = Literal["linear"]
 AggregationName = Literal["none", "residual", "gated"]
@@ -137,6 +139,7 @@ def validate(config: Config) -> Config:
     ):
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
+            _must_fit(f"{part}.{field.name}", value, field.type)
             smallest = 0 if field.name in ("warmup_steps", "sample_tokens", "seed") else 1
             if type(value) is int and value < smallest:
                 raise ConfigError(f"{part}.{field.name} is {value}; set it to {smallest} or more")
@@ -170,6 +173,30 @@ def validate(config: Config) -> Config:
             f"set evaluation.stride to {data.context_length} or less"
         )
     return config
+
+
+_KINDS = {int: "an integer", float: "a finite number", str: "text", bool: "True or False", type(None): "None"}
+
+
+def _must_fit(path: str, value: Any, hint: Any) -> None:
+    """See that a value is what the field's annotation says: a recipe and a config.json may hold anything."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if not any(_fits(value, option) for option in options):
+        raise ConfigError(f"{path} is {value!r}; set it to {' or '.join(map(_describe, options))}")
+
+
+def _fits(value: Any, option: Any) -> bool:
+    if get_origin(option) is Literal:
+        return value in get_args(option)
+    if option is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is option
+
+
+def _describe(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return " or ".join(map(repr, get_args(option)))
+    return _KINDS[option]
 
 
 def _must_divide(divisor_name: str, divisor: int, name: str, value: int) -> None:
@@ -229,5 +256,13 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The config of a `config.json`."""
-    return from_dict(json.loads(text))
+    """The config of a `config.json`.
+
+    Raises:
+      ConfigError: the text is not JSON, or not of a config.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config.json is not JSON ({error}); restore it, or start the run anew") from error
+    return from_dict(values)

@@ -1,1 +1,6 @@
-"""One folder per operation; each op picks an implementation and imports nothing of mc_jax."""
+"""The operations: one folder each, which picks an implementation; they import nothing of mc_jax."""
+
+from pallas_kernels.chunk_memory import chunk_memory, memory_step
+from pallas_kernels.state_read import gated_state_read
+
+__all__ = ["chunk_memory", "gated_state_read", "memory_step"]

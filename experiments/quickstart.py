@@ -1,0 +1,27 @@
+"""A gated Memory Caching model of Jane Austen's novels, trained in minutes on a laptop's processor.
+
+- Data: the embedded corpus "austen": five novels for training, Persuasion held out; byte-level BPE of 4096.
+- Machine: any processor with two cores and 4 GB of memory; no accelerator.
+- Expected time and result: measured figures: see README.
+"""
+
+from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+
+
+def config() -> Config:
+    """Four layers; segments of 64 tokens start afresh, so that a row of 512 tokens caches seven memories."""
+    return Config(
+        model=ModelConfig(
+            num_layers=4,
+            model_dim=192,
+            num_heads=4,
+            mlp_dim=512,
+            memory="linear",
+            aggregation="gated",
+            segment_length=64,
+            segment_init="independent",
+            chunk_length=32,
+        ),
+        data=DataConfig(corpus="austen", tokenizer="bpe", vocab_size=4096, context_length=512),
+        training=TrainingConfig(steps=600, batch_size=8, learning_rate=3e-3, warmup_steps=50),
+    )

@@ -1,0 +1,212 @@
+"""The commands of `mc-jax`: each reads its arguments, checks them, and only then imports what is heavy."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mc_jax._arguments import UsageError, parse
+from mc_jax._recipes import describe_recipes, load_recipe, recipe_files
+from mc_jax.config import Config, validate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Options of `mc-jax train`."""
+
+    name: str | None = None
+    """Name of the run; None: the recipe's."""
+    runs_dir: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "runs"
+    """Folder of all runs; this one is written to RUNS-DIR/NAME."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Delete an earlier run of that name instead of resuming it."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    """What is trained, and how."""
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Pretrain a model by a recipe, or resume the run of that name."""
+    if not arguments or arguments[0].startswith("-"):
+        if not {"-h", "--help"}.isdisjoint(arguments):
+            defaults = TrainArguments(config=Config())
+            program = "mc-jax train RECIPE"
+            parse(TrainArguments, ["--help"], program=program, description=_train_help(), default=defaults)
+        raise UsageError(
+            f"which recipe? write mc-jax train RECIPE ...; known are {', '.join(recipe_files())}"
+        )
+    name, description, config = load_recipe(arguments[0])
+    chosen = parse(
+        TrainArguments,
+        arguments[1:],
+        program=f"mc-jax train {arguments[0]}",
+        description=description,
+        default=TrainArguments(config=config),
+    )
+    validate(chosen.config)
+    name = name if chosen.name is None else chosen.name
+    if Path(name).name != name or name in ("", ".."):
+        raise UsageError(f"--name {name!r} is no folder's name; the folder above it is --runs-dir")
+
+    from etils import epath
+
+    from mc_jax.evaluation.summary import summarize_run
+    from mc_jax.training.loop import train as run_training
+
+    run_dir = epath.Path(chosen.runs_dir) / name
+    run_training(chosen.config, run_dir, overwrite=chosen.overwrite)
+    result = summarize_run(run_dir)
+    if result is not None:
+        _print_result(str(run_dir), result)
+    print(f"report: {run_dir / 'report.html'}")
+
+
+def _train_help() -> str:
+    return "\n".join(
+        [
+            "Pretrain a model by a recipe, or resume the run of that name.",
+            "",
+            "RECIPE is a name below, or the path of a Python file with a function config():",
+            describe_recipes(),
+            "",
+            "Defaults shown here are the framework's; mc-jax train RECIPE --help shows a recipe's.",
+        ]
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalArguments:
+    """Measure a run's perplexity on the held-out text of its corpus."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Folder that mc-jax train wrote, for example runs/quickstart."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object instead of a table."""
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Measure a run's perplexity on the held-out text of its corpus."""
+    chosen = parse(EvalArguments, arguments, program="mc-jax eval")
+    _must_be_run(chosen.run)
+
+    from mc_jax.evaluation.perplexity import evaluate_run
+
+    result = evaluate_run(chosen.run)
+    if chosen.json:
+        print(json.dumps(result))
+    else:
+        _print_result(chosen.run, result)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateArguments:
+    """Print a prompt and how a run's model goes on from it."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Folder that mc-jax train wrote, for example runs/quickstart."""
+    prompt: str
+    """Text to go on from."""
+    tokens: int = 200
+    """Length of the continuation, in tokens."""
+    temperature: float = 0.8
+    """Spread of the sampling; 0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Probability mass that tokens are drawn from; 1 is all of them."""
+    seed: int = 0
+    """Seeds the sampling."""
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Print a prompt and how a run's model goes on from it."""
+    chosen = parse(GenerateArguments, arguments, program="mc-jax generate")
+    _must_be_run(chosen.run)
+
+    from mc_jax.inference.generate import generate_run
+
+    continuation = generate_run(
+        chosen.run,
+        chosen.prompt,
+        tokens=chosen.tokens,
+        temperature=chosen.temperature,
+        top_p=chosen.top_p,
+        seed=chosen.seed,
+    )
+    print(chosen.prompt + continuation)
+
+
+def _must_be_run(folder: str) -> None:
+    from etils import epath
+
+    if not (epath.Path(folder) / "config.json").is_file():
+        raise UsageError(
+            f"there is no run in {folder} (no config.json); give the folder that mc-jax train wrote, "
+            "for example runs/quickstart"
+        )
+
+
+def _print_result(run: str, result: Mapping[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("on held-out text", run)
+    for name, value in result.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        table.add_row(name.replace("_", " "), shown)
+    Console().print(table)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareArguments:
+    """Tokenize text, jsonl or parquet files into a token store."""
+
+    inputs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="INPUT [INPUT ...]", help_behavior_hint="(required)"),
+    ]
+    """Training text: .txt (a document a file), .jsonl (a line), both also with .gz, .parquet (a row)."""
+    output: Path
+    """Folder to be made, for --data.corpus of mc-jax train; it is there whole or not at all."""
+    held_out: Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
+    """Files to be scored, not trained on."""
+    tokenizer: str = "bpe"
+    """"bpe" (byte-level, trained on the inputs), "bytes", or a tokenizer.json that mc-jax wrote."""
+    vocab_size: int | None = None
+    """Ids of the "bpe" tokenizer, for example 4096; None with another."""
+    text_field: str = "text"
+    """Field of .jsonl, or column of .parquet, that has the text."""
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Tokenize text, jsonl or parquet files into a token store."""
+    chosen = parse(PrepareArguments, arguments, program="mc-jax prepare")
+    if not chosen.inputs:
+        raise UsageError("no input is named; write mc-jax prepare FILE ... --output FOLDER")
+
+    from mc_jax.data.prepare import prepare as write_store
+
+    dataset = write_store(
+        chosen.inputs,
+        chosen.output,
+        held_out=chosen.held_out,
+        tokenizer=chosen.tokenizer,
+        vocab_size=chosen.vocab_size,
+        text_field=chosen.text_field,
+    )
+    for name, store in (("training", dataset.train), ("held-out", dataset.held_out)):
+        if store is not None:
+            print(f"{name}: {len(store):,} documents, {store.num_bytes:,} bytes, {store.num_tokens:,} tokens")
+    print(
+        f"train on it: mc-jax train RECIPE --data.corpus {shlex.quote(str(chosen.output))} "
+        "--data.tokenizer None --data.vocab-size None"
+    )
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "prepare": prepare,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+}

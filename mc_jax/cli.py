@@ -1,0 +1,88 @@
+"""The program `mc-jax`: picks the command, and ends a mistake with one line and exit code 2."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from mc_jax._arguments import UsageError, did_you_mean
+from mc_jax._commands import COMMANDS
+
+_OWN_FOLDERS = {Path(__file__).parent, Path(__file__).parents[1] / "pallas_kernels"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `mc-jax ARGUMENTS` and return its exit code.
+
+    Args:
+      arguments: the words after the program's name; None takes them from the command line.
+
+    Returns:
+      0; 2 after a mistake of the user, told in one line on stderr; 130 after Ctrl-C; 141 after a closed pipe.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _dispatch(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("mc-jax: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not _speaks_to_the_user(error):
+            raise
+        print(f"mc-jax: error: {' '.join(_message(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    name, *rest = words
+    if name not in COMMANDS:
+        raise UsageError(
+            f"there is no command {name!r}{did_you_mean(name, COMMANDS)}; known are {', '.join(COMMANDS)}"
+        )
+    COMMANDS[name](rest)
+
+
+def _overview() -> str:
+    lines = [f"  {name:10}{(run.__doc__ or '').partition('\n')[0]}" for name, run in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mc-jax COMMAND ...",
+            "",
+            "Recurrent language models with growing memory (Memory Caching).",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "mc-jax COMMAND --help tells a command's options.",
+        ]
+    )
+
+
+def _speaks_to_the_user(error: Exception) -> bool:
+    """Whether the error was raised on purpose, with a message: by this code, or by a file system.
+
+    A ValueError out of a library that was called wrongly is a defect, and keeps its traceback.
+    """
+    if isinstance(error, OSError):
+        return True
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return not _OWN_FOLDERS.isdisjoint(raised_in.parents)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

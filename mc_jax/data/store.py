@@ -1,0 +1,220 @@
+"""Token stores: a split's documents as one long array, in memory or mapped from a folder.
+
+Shapes: N tokens of all documents, P documents. Separators are not stored: a document of n tokens stands for
+the sequence separator, its n tokens, separator, and so for n + 1 (input, target) pairs.
+
+A folder holds tokens.bin (little-endian uint16 or uint32), offsets.npy, text_bytes.npy, names.txt and
+manifest.json. It is written under another name and renamed when it is whole.
+"""
+
+import array
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mc_jax.data._files import read_json, whole_or_nothing, write_json
+from mc_jax.data.documents import TokenizedDocument
+from mc_jax.data.tokenizer import Tokenizer
+
+_KIND, _VERSION = "token store", 1
+_MANIFEST = "manifest.json"
+_FILES = ("tokens.bin", "offsets.npy", "text_bytes.npy", "names.txt")
+_CURE = "write it again with mc-jax prepare"
+# Larger files are checked by their size alone: to hash a terabyte at every start would take an hour.
+_HASHED_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenStore:
+    """The documents of a split; `len` counts them."""
+
+    tokens: np.ndarray
+    """uint16 or uint32 [N], document after document, without separators."""
+    offsets: np.ndarray
+    """int64 [P + 1]: document i is tokens[offsets[i] : offsets[i + 1]]."""
+    text_bytes: np.ndarray
+    """int64 [P], UTF-8 bytes of each document's text."""
+    names: Sequence[str]
+    """[P], the sources, for people."""
+    separator_id: int
+    """The id that begins and ends every document."""
+    vocab_size: int
+    """All ids are below it."""
+    fingerprint: str
+    """The tokenizer's."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of all texts: what bits per byte are counted over."""
+        return int(self.text_bytes.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, without separators."""
+        return int(self.offsets[-1])
+
+    @property
+    def num_pairs(self) -> int:
+        """(input, target) pairs of all documents: one more than tokens in each."""
+        return self.num_tokens + len(self)
+
+    def document(self, index: int) -> np.ndarray:
+        """A document's tokens, int32 [tokens], without separators."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]].astype(np.int32)
+
+    def sequence(self, index: int, start: int, stop: int) -> np.ndarray:
+        """Places `start` to `stop` of the sequence separator, tokens, separator; int32 [stop - start]."""
+        begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        sequence = np.full(stop - start, self.separator_id, np.int32)
+        first, last = max(start - 1, 0), min(stop - 1, end - begin)
+        if first < last:
+            sequence[first + 1 - start : last + 1 - start] = self.tokens[begin + first : begin + last]
+        return sequence
+
+
+def memory_store(documents: Iterable[TokenizedDocument], tokenizer: Tokenizer) -> TokenStore:
+    """Keep tokenized documents in memory.
+
+    Raises:
+      ValueError: there are none.
+    """
+    documents = list(documents)
+    if not documents:
+        raise ValueError("there is no text in the documents; give at least one that is not empty")
+    lengths = [len(document.tokens) for document in documents]
+    return TokenStore(
+        tokens=np.concatenate([document.tokens for document in documents]).astype(_token_dtype(tokenizer)),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        text_bytes=np.array([document.text_bytes for document in documents], np.int64),
+        names=[document.name for document in documents],
+        separator_id=tokenizer.separator_id,
+        vocab_size=tokenizer.vocab_size,
+        fingerprint=tokenizer.fingerprint,
+    )
+
+
+def write_store(folder: Path, documents: Iterable[TokenizedDocument], tokenizer: Tokenizer) -> TokenStore:
+    """Write tokenized documents to a new folder, one at a time, and open it.
+
+    Args:
+      folder: where to; must not exist, or be empty.
+      documents: in the order in which they are stored; only their lengths are kept in memory.
+      tokenizer: what they were tokenized with.
+
+    Raises:
+      ValueError: the folder is taken, or there are no documents. Nothing is left behind.
+    """
+    must_be_free(folder)
+    dtype = _token_dtype(tokenizer)
+    offsets, text_bytes = array.array("q", [0]), array.array("q")
+    with whole_or_nothing(folder) as partial:
+        partial.mkdir()
+        with (
+            (partial / "tokens.bin").open("wb") as tokens_file,
+            (partial / "names.txt").open("w", encoding="utf-8") as names_file,
+        ):
+            for document in documents:
+                tokens_file.write(document.tokens.astype(dtype).data)
+                names_file.write(json.dumps(document.name) + "\n")
+                offsets.append(offsets[-1] + len(document.tokens))
+                text_bytes.append(document.text_bytes)
+        if not text_bytes:
+            raise ValueError(f"there is no text to write to {folder}; give at least one document with text")
+        np.save(partial / "offsets.npy", np.array(offsets, np.int64))
+        np.save(partial / "text_bytes.npy", np.array(text_bytes, np.int64))
+        write_json(
+            partial / _MANIFEST,
+            {
+                "kind": _KIND,
+                "version": _VERSION,
+                "fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "separator_id": tokenizer.separator_id,
+                "dtype": dtype.name,
+                "documents": len(text_bytes),
+                "tokens": offsets[-1],
+                "text_bytes": sum(text_bytes),
+                "files": {name: _measure(partial / name) for name in _FILES},
+            },
+        )
+    return open_store(folder)
+
+
+def open_store(folder: Path, tokenizer: Tokenizer | None = None) -> TokenStore:
+    """Map a store that `write_store` wrote.
+
+    Args:
+      folder: the store.
+      tokenizer: what the store must have been tokenized with; None: any.
+
+    Raises:
+      ValueError: missing, damaged, or written with another tokenizer; one line with path and cure.
+    """
+    folder = Path(folder)
+    fields = ("fingerprint", "vocab_size", "separator_id", "dtype", "files")
+    manifest = read_json(folder / _MANIFEST, kind=_KIND, version=_VERSION, fields=fields, cure=_CURE)
+    for name in _FILES:
+        path, expected = folder / name, manifest["files"].get(name)
+        if not path.is_file() or _measure(path) != expected:
+            raise ValueError(f"{path} is missing or not as it was written; {_CURE}")
+    if tokenizer is not None and tokenizer.fingerprint != manifest["fingerprint"]:
+        raise ValueError(f"the tokens in {folder} are of another tokenizer than the one beside them; {_CURE}")
+    return TokenStore(
+        tokens=np.memmap(folder / "tokens.bin", np.dtype(manifest["dtype"]).newbyteorder("<"), "r"),
+        offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
+        text_bytes=np.load(folder / "text_bytes.npy", mmap_mode="r"),
+        names=_Names(folder / "names.txt"),
+        separator_id=manifest["separator_id"],
+        vocab_size=manifest["vocab_size"],
+        fingerprint=manifest["fingerprint"],
+    )
+
+
+def must_be_free(folder: Path) -> None:
+    """See that nothing would be overwritten.
+
+    Raises:
+      ValueError: the folder exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; name another folder, or delete it first")
+
+
+class _Names(Sequence[str]):
+    """The lines of names.txt, read when one is asked for: training never does."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._names: list[str] | None = None
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read()[index]
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def _read(self) -> list[str]:
+        if self._names is None:
+            with self._path.open(encoding="utf-8") as lines:
+                self._names = [json.loads(line) for line in lines]
+        return self._names
+
+
+def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    measures: dict[str, Any] = {"bytes": path.stat().st_size}
+    if measures["bytes"] <= _HASHED_BYTES:
+        with path.open("rb") as file:
+            measures["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return measures

@@ -1,0 +1,234 @@
+"""Tokenizers: bytes, and byte-level BPE trained on the corpus. Every text round-trips exactly.
+
+Both share one numbering: ids 0..255 are the bytes, 256 is the separator that begins and ends every
+document, 257 and up are BPE merges in the order in which they were learned. The separator is no text: no
+text encodes to it. A BPE with no merges is the byte tokenizer.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import tokenizers
+from etils import epath
+
+from mc_jax.data._files import read_json, write_json
+
+SEPARATOR_ID = 256
+_KIND, _VERSION = "tokenizer", 1
+_CURE = "give a tokenizer.json that mc_jax wrote (a run and a prepared folder have one)"
+_PIECE_CHARACTERS = 1 << 13  # small enough for caches, large enough to spread over cores
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer offers."""
+
+    kind: Literal["bytes", "bpe"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the separator's included."""
+        ...
+
+    @property
+    def separator_id(self) -> int:
+        """The id that begins and ends every document."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what the tokenizer does: equal for two that encode alike."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """The tokens of `text`, int32 [tokens], without separators."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text, on all cores."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; separators are skipped, bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: an id is not in the vocabulary.
+        """
+        ...
+
+    def save(self, path: epath.PathLike) -> None:
+        """Write one JSON file that `load_tokenizer` reads."""
+        ...
+
+
+class ByteTokenizer:
+    """One token a byte of UTF-8; vocabulary 257."""
+
+    kind: Literal["bytes", "bpe"] = "bytes"
+    separator_id = SEPARATOR_ID
+
+    def __init__(self):
+        self._merges: list[tuple[int, int]] = []
+        self._token_bytes: list[bytes] = [bytes([byte]) for byte in range(256)] + [b""]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the separator's included."""
+        return len(self._token_bytes)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what the tokenizer does: equal for two that encode alike."""
+        return _fingerprint(self._description())
+
+    def encode(self, text: str) -> np.ndarray:
+        """The tokens of `text`, int32 [tokens], without separators."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text."""
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; separators are skipped, bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: an id is not in the vocabulary.
+        """
+        ids = np.asarray(list(ids), np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            raise ValueError(
+                f"token ids {ids.min()} to {ids.max()} do not fit a vocabulary of {self.vocab_size}; "
+                "decode with the tokenizer that the model was trained with"
+            )
+        return b"".join(self._token_bytes[token] for token in ids).decode(errors="replace")
+
+    def save(self, path: epath.PathLike) -> None:
+        """Write one JSON file that `load_tokenizer` reads."""
+        write_json(path, self._description() | {"fingerprint": self.fingerprint}, indent=None)
+
+    def _description(self) -> dict[str, Any]:
+        return {"kind": _KIND, "version": _VERSION, "tokenizer": self.kind, "merges": self._merges}
+
+
+class BpeTokenizer(ByteTokenizer):
+    """Byte-level BPE with GPT-2's split into words; vocabulary 257 + distinct merges.
+
+    Args:
+      merges: pairs of ids, in the order in which they are applied; the n-th new token is id 257 + n.
+    """
+
+    kind: Literal["bytes", "bpe"] = "bpe"
+
+    def __init__(self, merges: Iterable[Sequence[int]]):
+        super().__init__()
+        characters = _byte_characters()
+        names = [characters[byte] for byte in range(256)] + [""]
+        ids = {name: token for token, name in enumerate(names) if name}
+        for left, right in merges:
+            self._merges.append((left, right))
+            merged = names[left] + names[right]
+            if merged not in ids:  # two pairs may make one token: (ab, c) and (a, bc)
+                ids[merged] = len(names)
+                names.append(merged)
+                self._token_bytes.append(self._token_bytes[left] + self._token_bytes[right])
+        self._model = _byte_level(
+            tokenizers.models.BPE(ids, [(names[left], names[right]) for left, right in self._merges])
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text, on all cores."""
+        pieces = [list(cut_text(text)) for text in texts]
+        encoded = self._model.encode_batch_fast(list(itertools.chain(*pieces)), add_special_tokens=False)
+        encodings = iter(encoded)
+        empty = np.zeros(0, np.int32)
+        return [
+            np.concatenate([empty, *(np.asarray(next(encodings).ids, np.int32) for _ in cut)])
+            for cut in pieces
+        ]
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
+    """Learn a BPE of `vocab_size` ids from `texts`; the same texts always give the same tokenizer.
+
+    Raises:
+      ValueError: `vocab_size` is below 258, or the texts have too few distinct pairs for it.
+    """
+    if vocab_size <= SEPARATOR_ID + 1:
+        raise ValueError(f"vocab_size {vocab_size} leaves a BPE no merges; set it to 258 or more")
+    model = _byte_level(tokenizers.models.BPE())
+    model.train_from_iterator(
+        itertools.chain.from_iterable(cut_text(text) for text in texts),
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,  # the separator is not in it
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    if model.get_vocab_size() < vocab_size - 1:
+        raise ValueError(
+            f"the text has too few repeated pairs for vocab_size {vocab_size}; "
+            f"set vocab_size to {model.get_vocab_size() + 1} or less, or give more text"
+        )
+    return BpeTokenizer(_merge_ids(json.loads(model.to_str())["model"]["merges"]))
+
+
+def load_tokenizer(path: epath.PathLike) -> Tokenizer:
+    """Read a tokenizer that `save` wrote.
+
+    Raises:
+      ValueError: the file is missing, damaged, or not a tokenizer; one line with path and cure.
+    """
+    fields = ("tokenizer", "merges", "fingerprint")
+    values = read_json(path, kind=_KIND, version=_VERSION, fields=fields, cure=_CURE)
+    fingerprint = values.pop("fingerprint")
+    if fingerprint != _fingerprint(values):
+        raise ValueError(f"the tokenizer at {path} is damaged: it does not fit its own fingerprint; {_CURE}")
+    return ByteTokenizer() if values["tokenizer"] == "bytes" else BpeTokenizer(values["merges"])
+
+
+def cut_text(text: str, length: int = _PIECE_CHARACTERS) -> Iterator[str]:
+    """Cut a text into pieces of about `length` characters that encode, one by one, as the whole does.
+
+    A word of GPT-2's split may begin with white space but never goes on with it, so a cut between the end
+    of a word and white space changes no token; where there is no such place, the piece is longer.
+    """
+    start = 0
+    while len(text) - start > length and (cut := _CUT.search(text, start + length)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    if start < len(text):
+        yield text[start:]
+
+
+_CUT = re.compile(r"(?<=[A-Za-z0-9.,;:!?])(?=[ \n])")
+
+
+def _fingerprint(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _byte_level(bpe: tokenizers.models.BPE) -> tokenizers.Tokenizer:
+    model = tokenizers.Tokenizer(bpe)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return model
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-ins: bytes that print are themselves, the others follow from U+0100."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    others = (byte for byte in range(256) if byte not in printable)
+    stand_ins = {byte: chr(0x100 + number) for number, byte in enumerate(others)}
+    return {byte: stand_ins.get(byte, chr(byte)) for byte in range(256)}
+
+
+def _merge_ids(merges: Iterable[Sequence[str]]) -> Iterator[tuple[int, int]]:
+    ids = {character: byte for byte, character in _byte_characters().items()}
+    for left, right in merges:
+        yield ids[left], ids[right]
+        ids.setdefault(left + right, len(ids) + 1)  # + 1: the separator has an id but no name

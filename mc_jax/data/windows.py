@@ -1,0 +1,63 @@
+"""Evaluation windows over whole documents: every pair is scored once, with as much context as fits.
+
+Shapes: B windows of a batch, T tokens.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from mc_jax.data.rows import Example, empty_example, put_pairs
+from mc_jax.data.store import TokenStore
+
+
+def evaluation_windows(
+    store: TokenStore, *, context_length: int, stride: int, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of windows in which loss_mask is 1 on every (input, target) pair of the store exactly once.
+
+    A document's first window scores all that it holds. Each further one goes on by `stride` pairs: it
+    scores these, its last, and reads context_length - stride pairs before them as context. The document's
+    last window goes on by what is left and reads the more context. A window holds one document.
+
+    Args:
+      store: the documents.
+      context_length: T, tokens in a window.
+      stride: pairs scored in each but a document's first window; from 1 to context_length.
+      batch_size: B; the last batch is filled with windows that are padding alone.
+
+    Yields:
+      inputs, targets, document_ids: int32 [B, T]; loss_mask: float32 [B, T], 1 on pairs to be scored.
+
+    Raises:
+      ValueError: `stride` is not in 1..context_length.
+    """
+    if not 1 <= stride <= context_length:
+        raise ValueError(
+            f"stride {stride} leaves pairs that no window scores or scores none; "
+            f"set it from 1 to context_length, {context_length}"
+        )
+    return _batches(store, context_length, stride, batch_size)
+
+
+def _batches(
+    store: TokenStore, context_length: int, stride: int, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    padding = empty_example(store, context_length)
+    for windows in itertools.batched(_windows(store, context_length, stride), batch_size):
+        filled = [*windows, *[padding] * (batch_size - len(windows))]
+        yield {name: np.stack([window[name] for window in filled]) for name in padding}
+
+
+def _windows(store: TokenStore, context_length: int, stride: int) -> Iterator[Example]:
+    for document in range(len(store)):
+        pairs = int(store.offsets[document + 1] - store.offsets[document]) + 1
+        scored, end = 0, min(context_length, pairs)
+        while scored < pairs:
+            start = max(end - context_length, 0)
+            window = empty_example(store, context_length)
+            put_pairs(window, 0, store.sequence(document, start, end + 1))
+            window["loss_mask"][: scored - start] = 0
+            yield window
+            scored, end = end, min(end + stride, pairs)

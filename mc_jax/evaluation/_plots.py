@@ -1,0 +1,225 @@
+"""The report's pictures, drawn by matplotlib as SVG text, once for a light page and once for a dark one.
+
+matplotlib takes seconds to import: only `report.py` imports this module, and only when it writes a report.
+
+T tokens, S cached segments, L layers.
+"""
+
+import dataclasses
+import io
+
+import matplotlib
+import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
+
+_MOST_POINTS = 2000
+_ROUND = (1, 2, 2.5, 5, 10)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of a picture; the page's style sheet has the same."""
+
+    ink: str
+    muted: str
+    grid: str
+    line: str
+    faint: str
+    held_out: str
+    low: str
+    high: str
+
+
+LIGHT = Theme(
+    ink="#1c1d1f",
+    muted="#63666b",
+    grid="#e6e7e9",
+    line="#1f66c1",
+    faint="#a9c6ea",
+    held_out="#b4540a",
+    low="#e9f0fa",
+    high="#0a2f66",
+)
+DARK = Theme(
+    ink="#e8e9eb",
+    muted="#9da1a8",
+    grid="#2e3136",
+    line="#6aaaf5",
+    faint="#31527d",
+    held_out="#f09a52",
+    low="#1e2836",
+    high="#cfe4ff",
+)
+
+
+def loss_curve(
+    steps: np.ndarray, loss: np.ndarray, bits_per_nat: float, held_out: float | None, theme: Theme
+) -> str:
+    """Training loss over steps, every step faint and a running mean strong.
+
+    Args:
+      steps: [n], rising.
+      loss: [n], nats per token, finite.
+      bits_per_nat: Bits per byte for one nat per token, the right axis over the left.
+      held_out: Loss on held-out text at the end, a dashed line; None: no line.
+      theme: Colours.
+    """
+    with matplotlib.rc_context(_style(theme)):
+        figure = Figure(figsize=(9.2, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis="y")
+        axes.plot(*_thin(steps, loss), color=theme.faint, linewidth=0.8, label="each step")
+        window = min(len(loss), max(5, len(loss) // 50))
+        axes.plot(
+            *_thin(steps, running_mean(loss, window)),
+            color=theme.line,
+            linewidth=2,
+            label=f"mean of {window} steps",
+        )
+        if held_out is not None:
+            label = f"held-out, at the end: {held_out:.3f}"
+            axes.axhline(held_out, color=theme.held_out, linewidth=1.4, linestyle=(0, (5, 3)), label=label)
+        # A logarithm, so that the long tail of a run is more than a flat line at the bottom.
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss, nats per token")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=_ROUND))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.margins(x=0.01)
+        right = axes.secondary_yaxis(
+            "right",
+            functions=(
+                lambda nats: np.asarray(nats) * bits_per_nat,
+                lambda bits: np.asarray(bits) / bits_per_nat,
+            ),
+        )
+        right.set_ylabel("bits per byte")
+        _plain_ticks(right.yaxis)
+        right.spines["right"].set_visible(False)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
+        return _svg(figure)
+
+
+def router_reads(gates: np.ndarray, segment_length: int, theme: Theme) -> str:
+    """One heat map a layer: how much of each token's reading comes from each memory.
+
+    Args:
+      gates: [L, T, S + 1], the online memory last; nan where there is nothing to read yet.
+      segment_length: Tokens of a segment.
+      theme: Colours.
+    """
+    layers, tokens, cached = gates.shape[0], gates.shape[1], gates.shape[2] - 1
+    columns = 1 if layers == 1 else 2 if layers <= 12 else 3
+    lines = -(-layers // columns)
+    colours = LinearSegmentedColormap.from_list("gates", [theme.low, theme.line, theme.high])
+    # Most gates are small: a square root keeps them apart.
+    drawing = {
+        "origin": "lower",
+        "aspect": "auto",
+        "cmap": colours,
+        "norm": PowerNorm(0.5, vmin=0.0, vmax=1.0),
+        "interpolation": "nearest",
+    }
+    # The online memory's row lies apart, and stays visible over many cached ones.
+    height = max(1.0, cached / 12)
+    bottom = cached + 0.5 + 0.35 * height
+    top = bottom + height
+    stride = next(stride for stride in (1, 2, 5, 10, 20, 50, 100, cached) if cached <= 6 * stride)
+    numbered = sorted({1, *range(stride, cached + 1, stride)})
+    space = ConstrainedLayoutEngine(wspace=0.04, hspace=0.05)
+    with matplotlib.rc_context(_style(theme)):
+        figure = Figure(figsize=(9.2, 1.0 + lines * (2.6 if columns == 1 else 1.9)), layout=space)
+        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        for unused in grid.flat[layers:]:
+            unused.set_visible(False)
+        image = None
+        for layer, axes in enumerate(grid.flat[:layers]):
+            axes.imshow(gates[layer, :, :cached].T, extent=(0, tokens, 0.5, cached + 0.5), **drawing)
+            image = axes.imshow(gates[layer, :, cached:].T, extent=(0, tokens, bottom, top), **drawing)
+            axes.set(xlim=(0, tokens), ylim=(0.5, top))
+            axes.set_title(f"Layer {layer + 1}", loc="left")
+            for boundary in range(segment_length, tokens, segment_length):
+                axes.axvline(boundary, color=theme.grid, linewidth=0.6)
+            axes.set_yticks([*numbered, (bottom + top) / 2], [*map(str, numbered), "online"])
+            axes.xaxis.set_major_locator(MaxNLocator(6 if columns < 3 else 4, integer=True, steps=_ROUND))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.tick_params(length=0, labelbottom=layer + columns >= layers)
+        figure.supxlabel("token position", fontsize=10, color=theme.muted)
+        figure.supylabel("memory that is read (cached segment)", fontsize=10, color=theme.muted)
+        assert image is not None
+        bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 2.2 / lines), aspect=22, pad=0.015)
+        bar.set_ticks([0, 0.05, 0.25, 0.5, 1.0], labels=["0%", "5%", "25%", "50%", "100%"])
+        bar.set_label("share of the reading")
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0)
+        return _svg(figure)
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """[n] -> [n]: the mean over `window` values around each one, over fewer at the ends."""
+    kernel = np.ones(window)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most _MOST_POINTS points of a long curve that keep its peaks: the extremes of each stretch."""
+    if len(values) <= _MOST_POINTS:
+        return steps, values
+    stretches = np.array_split(np.arange(len(values)), _MOST_POINTS // 2)
+    kept = [sorted({s[np.argmin(values[s])], s[np.argmax(values[s])]}) for s in stretches]
+    indices = np.concatenate(kept)
+    return steps[indices], values[indices]
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Round plain numbers on a logarithmic axis, also where it spans less than a decade."""
+    axis.set_major_locator(MaxNLocator(9, steps=_ROUND))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_tick_params(length=0)
+
+
+def _style(theme: Theme) -> dict[str, object]:
+    return {
+        "svg.fonttype": "none",  # text stays text, in the reader's own font
+        "svg.hashsalt": "report",  # the same picture is the same file
+        "font.family": "sans-serif",
+        "font.sans-serif": ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "DejaVu Sans"],
+        "font.size": 10,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.muted,
+        "axes.titlecolor": theme.ink,
+        "axes.titlesize": 10.5,
+        "axes.edgecolor": theme.grid,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.8,
+        "xtick.color": theme.grid,
+        "ytick.color": theme.grid,
+        "xtick.labelcolor": theme.muted,
+        "ytick.labelcolor": theme.muted,
+        "ytick.major.size": 0,
+        "legend.frameon": False,
+        "legend.labelcolor": theme.ink,
+    }
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(
+        text,
+        format="svg",
+        transparent=True,
+        dpi=200,
+        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+    )
+    return text.getvalue()

@@ -1,0 +1,77 @@
+"""What is made at a run's end: the held-out result, a sample, a picture of the router, the report."""
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from mc_jax import config as configs
+from mc_jax.caching.aggregations import AGGREGATIONS
+from mc_jax.evaluation.perplexity import evaluate_held_out
+from mc_jax.evaluation.report import RouterPicture, write_report
+from mc_jax.inference.generate import continue_text
+from mc_jax.training.metrics import read_metrics
+from mc_jax.training.run import Run, load_run
+
+_TEMPERATURE = 0.8
+_TOP_P = 0.95
+
+
+def summarize_run(run_dir: epath.PathLike) -> dict[str, float] | None:
+    """Write `report.html` into a run's folder; return the held-out result, None without held-out data.
+
+    Raises:
+      ValueError: no such run, or one without a checkpoint.
+    """
+    run = load_run(run_dir)
+    held_out = None if run.dataset.held_out is None else evaluate_held_out(run)
+    metrics = read_metrics(run.folder)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(run.model)))
+    prompt = run.config.evaluation.sample_prompt
+    sample = ""
+    if run.config.evaluation.sample_tokens:
+        sample = continue_text(
+            run,
+            prompt,
+            tokens=run.config.evaluation.sample_tokens,
+            temperature=_TEMPERATURE,
+            top_p=_TOP_P,
+            seed=run.config.training.seed,
+        )
+    write_report(
+        run.folder,
+        title=run.folder.name,
+        config_differences=configs.differences(run.config, configs.Config()),
+        metrics=metrics,
+        held_out=held_out,
+        sample_prompt=prompt,
+        sample=sample,
+        router=router_picture(run),
+        facts={
+            "parameters": f"{parameters:,}",
+            "optimizer steps": f"{run.step:,}",
+            "tokens seen": f"{metrics[-1]['tokens']:,}" if metrics else "0",
+            "training time": f"{metrics[-1]['seconds']:.0f} s" if metrics else "0 s",
+            "device": jax.devices()[0].device_kind,
+            "sampling": f"temperature {_TEMPERATURE}, top-p {_TOP_P}",
+        },
+    )
+    return held_out
+
+
+def router_picture(run: Run) -> RouterPicture | None:
+    """What the memories of each layer read at the start of the first held-out document, mean over heads.
+
+    None where the aggregation has no router, or nothing is held out.
+    """
+    if run.dataset.held_out is None or not AGGREGATIONS[run.config.model.aggregation].uses_router:
+        return None
+    tokens = run.dataset.held_out.document(0)[: run.config.data.context_length]
+    gates = run.model.read_gates(tokens.astype(np.int32)[None])
+    assert gates is not None
+    shares = np.concatenate([np.asarray(gates.cached), np.asarray(gates.online)[..., None]], axis=-1)
+    return RouterPicture(
+        gates=shares[:, 0].mean(axis=2),
+        segment_length=run.config.model.segment_length,
+        text=run.dataset.tokenizer.decode(tokens),
+    )

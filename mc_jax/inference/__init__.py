@@ -1,0 +1,1 @@
+"""Prefill, decoding with a growing cache, sampling."""

@@ -1,0 +1,108 @@
+"""Generation: prefill of the prompt, then one token at a time from the growing cache.
+
+Shapes: B batch, T tokens.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from mc_jax.inference.sampling import sample
+from mc_jax.nn import LanguageModel
+from mc_jax.training.run import Run, load_run
+
+
+def generate(
+    model: LanguageModel,
+    prompts: list[np.ndarray],
+    *,
+    tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Continue prompts, which may differ in length.
+
+    Args:
+      model: the language model.
+      prompts: token ids, one array of at least one token a row.
+      tokens: how many to add to each.
+      temperature: 0 is greedy, 1 the model's own distribution.
+      top_p: share of the probability that is drawn from.
+      seed: of the draws.
+
+    Returns:
+      [batch, tokens], int32.
+
+    Raises:
+      ValueError: an empty prompt, or a temperature or top_p out of range.
+    """
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt has no tokens; begin it with the tokenizer's separator")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; set it to 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; set it above 0 and to at most 1")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    segment_length = model.config.segment_length
+    # Whole segments: few shapes are ever compiled.
+    padded = -(-int(lengths.max()) // segment_length) * segment_length
+    rows = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    graph, parameters = nnx.split(model)
+    return np.asarray(
+        _generate(
+            graph,
+            parameters,
+            rows,
+            lengths,
+            jax.random.key(seed),
+            jnp.float32(temperature),
+            jnp.float32(top_p),
+            tokens=tokens,
+            capacity=(padded + tokens) // segment_length + 1,
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "tokens", "capacity"))
+def _generate(graph, parameters, rows, lengths, key, temperature, top_p, *, tokens, capacity):
+    model = nnx.merge(graph, parameters)
+    logits, caches = model.prefill(rows, lengths, capacity)
+
+    def add(carry, key):
+        logits, caches = carry
+        token = sample(key, logits, temperature, top_p)
+        return model.step(token, caches), token
+
+    _, drawn = jax.lax.scan(add, (logits, caches), jax.random.split(key, tokens))
+    return drawn.T
+
+
+def continue_text(run: Run, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int) -> str:
+    """The text with which a run's model goes on from `prompt`, up to the end of the document."""
+    tokenizer = run.dataset.tokenizer
+    ids = np.concatenate([[tokenizer.separator_id], tokenizer.encode(prompt)]).astype(np.int32)
+    (drawn,) = generate(run.model, [ids], tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
+    ends = np.flatnonzero(drawn == tokenizer.separator_id)
+    return tokenizer.decode(drawn[: ends[0]] if ends.size else drawn)
+
+
+def generate_run(
+    run_dir: epath.PathLike, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int
+) -> str:
+    """As `continue_text`, from a run's folder and its newest checkpoint.
+
+    Raises:
+      ValueError: no such run, or settings out of range.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}; set it to 1 or more")
+    return continue_text(
+        load_run(run_dir), prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed
+    )

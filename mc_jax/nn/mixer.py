@@ -1,0 +1,190 @@
+"""The Memory Caching mixer: maps, convolution and gates around the functional core (MATH.md section 5).
+
+Shapes: B batch, T tokens, D model dim, H heads, K head dim (key, value and router dim).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mc_jax import caching
+from mc_jax.caching.aggregations import AGGREGATIONS, Gates
+from mc_jax.memories import MEMORIES, Coefficients
+from mc_jax.nn.convolution import ShortConvolution
+from mc_jax.nn.norm import RMSNorm
+
+type Dtype = jnp.dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MixerCache:
+    """What a mixer keeps between tokens."""
+
+    memory: caching.Cache
+    """The online and the cached memories."""
+    tail: jax.Array
+    """The convolution's last inputs [B, width - 1, 3 D], of q, k and v side by side."""
+
+
+class _Written(NamedTuple):
+    """Arguments of the functional core, per token."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    routing: caching.Routing | None
+    coefficients: Coefficients
+
+
+class MemoryCaching(nnx.Module):
+    """A causal sequence mixer [B, T, D] -> [B, T, D] for anybody's block.
+
+    Queries, keys and values pass linear maps, a short causal convolution and SiLU; queries and keys are
+    l2-normalised per head; retention, step and momentum are maps of the input, per token and head; what
+    is read is RMS-normalised per head, gated by the input and mapped back.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        *,
+        num_heads: int,
+        settings: caching.Settings,
+        router_keys: str = "inputs",
+        online_logit: str = "learned",
+        convolution_width: int = 4,
+        dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Draw the weights.
+
+        Args:
+          model_dim: width D of input and output.
+          num_heads: memories H, each with keys and values of D / H.
+          settings: memory, aggregation, segments.
+          router_keys: what is pooled over a segment: "inputs" (a learned map of them) or "keys".
+          online_logit: the online memory's logit: "learned" (a map of the input) or "running_mean".
+          convolution_width: taps of the causal convolution, 1 for none.
+          dtype: of activations; parameters are float32.
+          rngs: source of the initial weights.
+
+        Raises:
+          ValueError: num_heads does not divide model_dim.
+        """
+        if model_dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide model_dim {model_dim}; choose a divisor")
+        self.num_heads = num_heads
+        self.settings = settings
+        self.dtype = dtype
+
+        def linear(outputs: int) -> nnx.Linear:
+            return nnx.Linear(model_dim, outputs, use_bias=False, dtype=dtype, rngs=rngs)
+
+        self.query, self.key, self.value = linear(model_dim), linear(model_dim), linear(model_dim)
+        self.convolution = ShortConvolution(3 * model_dim, convolution_width, dtype=dtype, rngs=rngs)
+        names = MEMORIES[settings.memory].coefficients
+        self.retention = _Retention(model_dim, num_heads, rngs) if "retention" in names else None
+        self.step_size = _Fraction(model_dim, num_heads, rngs) if "step" in names else None
+        uses_router = AGGREGATIONS[settings.aggregation].uses_router
+        self.router_query = linear(model_dim) if uses_router else None
+        self.router_key = linear(model_dim) if uses_router and router_keys == "inputs" else None
+        self.online_logit = linear(num_heads) if uses_router and online_logit == "learned" else None
+        self.norm = RMSNorm(model_dim // num_heads)
+        self.output_gate = linear(model_dim)
+        self.output = linear(model_dim)
+
+    def __call__(self, x: jax.Array, document_ids: jax.Array | None = None) -> jax.Array:
+        """Mix tokens x [B, T, D]; packed documents [B, T] do not see each other."""
+        return self.apply(x, document_ids)[0]
+
+    def apply(self, x: jax.Array, document_ids: jax.Array | None = None) -> tuple[jax.Array, Gates | None]:
+        """As a call, with the weights of the memories that each token read."""
+        qkv = self.convolution(self._qkv(x), document_ids)
+        output = self._forward(x, qkv, document_ids, None)
+        return self._out(x, output.y), output.gates
+
+    def prefill(self, x: jax.Array, lengths: jax.Array, capacity: int) -> tuple[jax.Array, MixerCache]:
+        """As a call on rows of `lengths` [B] tokens, and the cache with `capacity` places to go on with."""
+        inputs = self._qkv(x)
+        output = self._forward(x, self.convolution(inputs), None, lengths)
+        cache = output.cache
+        if AGGREGATIONS[self.settings.aggregation].gates is not None:
+            cache = cache.with_capacity(max(capacity, cache.capacity))
+        return self._out(x, output.y), MixerCache(cache, self.convolution.tail(inputs, lengths))
+
+    def step(self, x: jax.Array, cache: MixerCache) -> tuple[jax.Array, MixerCache]:
+        """One more token a row, x [B, D]."""
+        qkv, tail = self.convolution.step(self._qkv(x), cache.tail)
+        y, memory = caching.decode(*self._write(x, qkv), cache.memory)
+        return self._out(x, y), MixerCache(memory, tail)
+
+    def _qkv(self, x: jax.Array) -> jax.Array:
+        return jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+
+    def _forward(self, x, qkv, document_ids, lengths) -> caching.Output:
+        return caching.forward(
+            *self._write(x, qkv), self.settings, document_ids=document_ids, lengths=lengths
+        )
+
+    def _write(self, x: jax.Array, qkv: jax.Array) -> _Written:
+        q, k, v = (self._heads(part) for part in jnp.split(nnx.silu(qkv), 3, axis=-1))
+        q, k = _unit(q), _unit(k)
+        routing = None
+        if self.router_query is not None:
+            routing = caching.Routing(
+                u=self._heads(self.router_query(x)),
+                keys=k if self.router_key is None else self._heads(self.router_key(x)),
+                online_logit=None if self.online_logit is None else self.online_logit(x),
+            )
+        coefficients = Coefficients(
+            retention=None if self.retention is None else self.retention(x),
+            step=None if self.step_size is None else self.step_size(x),
+        )
+        return _Written(q, k, v, routing, coefficients)
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+
+    def _out(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        y = self.norm(y).reshape(x.shape)
+        return self.output(y * nnx.silu(self.output_gate(x)))
+
+
+class _Retention(nnx.Module):
+    """a = exp(-exp(rate) softplus(W x + bias)), in float32: the parametrisation of Gated DeltaNet."""
+
+    def __init__(self, model_dim: int, num_heads: int, rngs: nnx.Rngs):
+        # Rates of 1 to 16 times steps of 0.001 to 0.1: memories of about one to a thousand tokens.
+        self.log_rate = nnx.Param(
+            jnp.log(jax.random.uniform(rngs.params(), (num_heads,), minval=1.0, maxval=16.0))
+        )
+        step = jnp.exp(
+            jax.random.uniform(rngs.params(), (num_heads,), minval=jnp.log(0.001), maxval=jnp.log(0.1))
+        )
+        self.map = nnx.Linear(model_dim, num_heads, dtype=jnp.float32, rngs=rngs)
+        self.map.bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # softplus of it is `step`
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        steps = nnx.softplus(self.map(x))
+        rate = jnp.exp(self.log_rate[...])
+        return jnp.exp(-rate.reshape((1,) * (steps.ndim - 1) + (-1,)) * steps)
+
+
+class _Fraction(nnx.Module):
+    """sigmoid(W x + bias), in float32."""
+
+    def __init__(self, model_dim: int, num_heads: int, rngs: nnx.Rngs):
+        self.map = nnx.Linear(model_dim, num_heads, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nnx.sigmoid(self.map(x))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """X / |x| along the last axis, with a finite gradient at 0."""
+    square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return (x.astype(jnp.float32) * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)

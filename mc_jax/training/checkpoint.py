@@ -1,0 +1,54 @@
+"""Checkpoints of the training state, by Orbax: written beside the training, whole or not at all."""
+
+from typing import Self
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from mc_jax.training.step import TrainState
+
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of a run folder; a context manager that waits for the last write."""
+
+    def __init__(self, run_dir: epath.Path, *, every: int = 1, keep: int | None = None):
+        """Open, and make where missing, the checkpoints of a run.
+
+        Args:
+          run_dir: the run's folder.
+          every: steps between saves.
+          keep: how many of the newest stay; None: all.
+        """
+        self._checkpointer = ocp.training.Checkpointer(
+            run_dir / CHECKPOINTS_FOLDER,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._checkpointer.close()
+
+    def save(self, step: int, state: TrainState, *, force: bool = False) -> None:
+        """Begin to save if `step` is one of those that are kept, or if it must be."""
+        if force and step in {checkpoint.step for checkpoint in self._checkpointer.checkpoints}:
+            return
+        self._checkpointer.save_async(step, state._asdict(), force=force)
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step; None where there is none."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def load(self, step: int, like: TrainState) -> TrainState:
+        """The state of `step`, with the structure, dtypes and shardings of `like`."""
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
+        )
+        return TrainState(**self._checkpointer.load(step, abstract))

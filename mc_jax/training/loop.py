@@ -1,0 +1,106 @@
+"""The training loop, top to bottom."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from mc_jax.config import Config, validate
+from mc_jax.data.dataset import open_data
+from mc_jax.data.pipeline import training_batches
+from mc_jax.training import run
+from mc_jax.training.checkpoint import Checkpoints
+from mc_jax.training.metrics import MetricsLog, read_metrics
+from mc_jax.training.optimizer import learning_rate, make_optimizer
+from mc_jax.training.progress import Progress
+from mc_jax.training.step import make_step
+
+
+def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -> None:
+    """Train to the config's last step, going on from the newest complete checkpoint in `run_dir`.
+
+    The batch of a step is a function of seed and step, so a run that was killed and started again ends
+    as one that was not.
+
+    Args:
+      config: what to train.
+      run_dir: the run's folder; made if missing.
+      overwrite: start anew, whatever run the folder holds.
+
+    Raises:
+      ValueError: contradictory settings, data that is not there, or a folder that holds something else.
+        Nothing is written in these cases.
+    """
+    validate(config)
+    run_dir = epath.Path(run_dir)
+    settings = config.training
+    run.must_be_free(run_dir, config, overwrite=overwrite)
+    dataset = open_data(config.data, None if overwrite else run_dir / run.TOKENIZER_FILE)
+    if overwrite and run_dir.exists():
+        run_dir.rmtree()
+    run.write_settings(run_dir, config, dataset)
+
+    optimizer = make_optimizer(settings)
+    graph, state = run.new_state(config, dataset.tokenizer.vocab_size)
+    step_fn = make_step(graph, optimizer, settings.accumulation)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
+    tokens_per_step = settings.batch_size * config.data.context_length
+    # Loss is per token; bits per byte needs the corpus's mean length of a token.
+    bytes_per_token = dataset.train.num_bytes / dataset.train.num_pairs
+
+    with Checkpoints(run_dir, every=settings.checkpoint_every, keep=settings.keep_checkpoints) as checkpoints:
+        start = checkpoints.latest() or 0
+        if start:
+            state = checkpoints.load(start, state)
+        title = f"{run_dir.name}: {parameters / 1e6:.2f} M parameters, {len(dataset.train)} documents"
+        title += f", going on from step {start}" if start else ""
+        batches = training_batches(
+            dataset.train,
+            context_length=config.data.context_length,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            start_step=start,
+        )
+        with (
+            MetricsLog(run_dir, start) as log,
+            Progress(settings.steps, start, title) as progress,
+        ):
+            earlier = read_metrics(run_dir)
+            seconds = earlier[-1]["seconds"] if earlier else 0.0
+            clock = time.perf_counter()
+
+            def record(step: int, rate: float, metrics: dict[str, jax.Array]) -> None:
+                nonlocal seconds, clock
+                loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+                now = time.perf_counter()
+                seconds, took, clock = seconds + now - clock, now - clock, now
+                line = {
+                    "step": step,
+                    "tokens": step * tokens_per_step,
+                    "loss": loss,
+                    "bits_per_byte": loss / math.log(2) / bytes_per_token,
+                    "learning_rate": rate,
+                    "grad_norm": grad_norm,
+                    "tokens_per_second": tokens_per_step / took,
+                    "seconds": seconds,
+                }
+                log.write(line)
+                progress.update(line)
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the loss of step {step} is {loss}; lower training.learning_rate and start again"
+                    )
+
+            pending = None
+            for step in range(start + 1, settings.steps + 1):
+                rate = learning_rate(settings, step - 1)
+                state, metrics = step_fn(state, next(batches), jnp.float32(rate))
+                # Fetched one step late, so that the host never waits for the device.
+                if pending is not None:
+                    record(*pending)
+                pending = step, rate, metrics
+                checkpoints.save(step, state, force=step == settings.steps)
+            if pending is not None:
+                record(*pending)

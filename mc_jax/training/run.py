@@ -1,0 +1,104 @@
+"""A run's folder: what is in it, who may write to it, how a trained model is read back from it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+
+from mc_jax import config as configs
+from mc_jax.config import Config
+from mc_jax.data.dataset import Dataset, open_data
+from mc_jax.nn import LanguageModel
+from mc_jax.training.checkpoint import Checkpoints
+from mc_jax.training.optimizer import make_optimizer
+from mc_jax.training.step import TrainState, init_state, merge_model, split_model
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that was read back."""
+
+    folder: epath.Path
+    config: Config
+    dataset: Dataset
+    model: LanguageModel
+    step: int
+    """Finished steps of the checkpoint."""
+
+
+def must_be_free(run_dir: epath.Path, config: Config, *, overwrite: bool) -> None:
+    """See that the folder is empty, holds this very run, or holds a run that may be overwritten.
+
+    Raises:
+      ValueError: the folder holds something else; the differences are listed.
+    """
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return
+    if not (run_dir / CONFIG_FILE).exists():
+        raise ValueError(f"{run_dir} is not empty and not a run; choose another name with --name")
+    if overwrite:
+        return
+    changed = configs.differences(config, configs.from_json((run_dir / CONFIG_FILE).read_text()))
+    if changed:
+        listed = ", ".join(f"{name} {old!r} there, {new!r} here" for name, (new, old) in changed.items())
+        raise ValueError(f"{run_dir} holds another run ({listed}); choose another --name, or --overwrite it")
+
+
+def write_settings(run_dir: epath.Path, config: Config, dataset: Dataset) -> None:
+    """Write tokenizer and config, the config last: a folder that has one is a run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not (run_dir / TOKENIZER_FILE).exists():
+        dataset.tokenizer.save(run_dir / TOKENIZER_FILE)
+    if not (run_dir / CONFIG_FILE).exists():
+        part = run_dir / (CONFIG_FILE + ".part")
+        part.write_text(configs.to_json(config))
+        part.replace(run_dir / CONFIG_FILE)
+
+
+def activation_dtype(config: Config) -> Any:
+    """The dtype of activations: as configured, else float32 on CPU and bfloat16 elsewhere."""
+    name = config.training.compute_dtype
+    if name is None:
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def new_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:
+    """The model's static part and the training state before the first step, drawn from the config's seed."""
+
+    def build():
+        rngs = nnx.Rngs(params=config.training.seed)
+        return LanguageModel(config.model, vocab_size, dtype=activation_dtype(config), rngs=rngs)
+
+    graph = nnx.graphdef(nnx.eval_shape(build))
+    optimizer = make_optimizer(config.training)
+    state = jax.jit(lambda: init_state(split_model(build())[1], optimizer))()
+    return graph, state
+
+
+def load_run(run_dir: epath.PathLike) -> Run:
+    """Read a run's config, tokenizer, data and newest checkpoint.
+
+    Raises:
+      ValueError: no run there, or one without a checkpoint.
+    """
+    folder = epath.Path(run_dir)
+    if not (folder / CONFIG_FILE).exists():
+        raise ValueError(
+            f"{folder} is no run folder (it has no {CONFIG_FILE}); give one that mc-jax train made"
+        )
+    config = configs.from_json((folder / CONFIG_FILE).read_text())
+    dataset = open_data(config.data, folder / TOKENIZER_FILE)
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise ValueError(f"{folder} has no complete checkpoint yet; go on with mc-jax train")
+        graph, state = new_state(config, dataset.tokenizer.vocab_size)
+        state = checkpoints.load(step, state)
+    return Run(folder, config, dataset, merge_model(graph, state.parameters), step)

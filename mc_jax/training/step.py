@@ -1,0 +1,81 @@
+"""One optimizer step as a pure function of state, batch and learning rate.
+
+Shapes: A parts of a batch, B rows of a part, T tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+type Parameters = dict[str, Any]
+type Batch = dict[str, jax.Array]
+"""inputs, targets, document_ids: [rows, T] int32; loss_mask [rows, T] float32."""
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint must hold."""
+
+    parameters: Parameters
+    optimizer: Any
+    step: jax.Array
+    """Finished steps, int32."""
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
+    """A model as its static part and nested dicts of arrays."""
+    graph, state = nnx.split(model)
+    return graph, nnx.to_pure_dict(state)
+
+
+def merge_model(graph: nnx.GraphDef, parameters: Parameters) -> Any:
+    """The model that `split_model` took apart, with these parameters."""
+    return nnx.merge(graph, parameters)
+
+
+def init_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
+
+
+def token_losses(model: Any, batch: Batch) -> jax.Array:
+    """Cross-entropy of each target in nats [rows, T], float32, 0 where the loss mask is."""
+    logits = model(batch["inputs"], batch["document_ids"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return losses * batch["loss_mask"]
+
+
+def make_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, accumulation: int
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled step: (state, batch, learning rate) -> (state, {"loss", "grad_norm"}).
+
+    The loss is the mean over the whole batch's tokens in nats, whatever `accumulation` (the parts that a
+    batch is cut into to save memory). The state that is passed in is given up to the new one.
+    """
+
+    def part_loss(parameters: Parameters, part: Batch, tokens: jax.Array) -> jax.Array:
+        return jnp.sum(token_losses(merge_model(graph, parameters), part)) / tokens
+
+    def step(state: TrainState, batch: Batch, rate: jax.Array):
+        tokens = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+        value_and_grad = jax.value_and_grad(part_loss)
+        if accumulation == 1:
+            loss, gradients = value_and_grad(state.parameters, batch, tokens)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+
+            def accumulate(total, part):
+                return jax.tree.map(jnp.add, total, value_and_grad(state.parameters, part, tokens)), None
+
+            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
+            (loss, gradients), _ = jax.lax.scan(accumulate, zeros, parts)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        parameters = jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+        return TrainState(parameters, optimizer_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,19 @@
+"""Strictness for every test: no silent dtype or rank promotion, and several devices on the CPU."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture
+def x64():
+    """Run a test with float64 arrays on."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,223 @@
+"""The report is one file, says what was measured, and lets nothing in that the model wrote."""
+
+import base64
+import html.parser
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mc_jax.evaluation.report import RouterPicture, write_report
+
+LAYERS, TOKENS, SEGMENT_LENGTH, SEGMENTS = 3, 40, 8, 5
+
+
+def _router():
+    """Random gates on the online memory and the segments that ended before the token's own."""
+    generator = np.random.default_rng(0)
+    gates = generator.uniform(0.1, 1.0, (LAYERS, TOKENS, SEGMENTS + 1)).astype(np.float32)
+    segment_of_token = np.arange(TOKENS) // SEGMENT_LENGTH
+    gates[:, :, :-1] *= segment_of_token[:, None] > np.arange(SEGMENTS)[None, :]
+    gates /= gates.sum(axis=-1, keepdims=True)
+    return RouterPicture(gates=gates, segment_length=SEGMENT_LENGTH, text="a <text> that was read")
+
+
+def _metrics(steps=30):
+    losses = [5.0 / math.sqrt(step) for step in range(1, steps + 1)]
+    return [
+        {"step": step, "loss": loss, "bits_per_byte": loss / math.log(2)}
+        for step, loss in enumerate(losses, start=1)
+    ]
+
+
+def _write(run_dir, **changes):
+    run_dir.mkdir()
+    arguments = {
+        "title": "small & quick",
+        "config_differences": {"model.num_layers": (3, 12), "data.tokenizer": (None, "bytes")},
+        "metrics": _metrics(),
+        "held_out": {
+            "loss": 1.25,
+            "perplexity": 3.49,
+            "bits_per_byte": 1.803,
+            "tokens": 12345,
+            "bytes": 23456,
+        },
+        "sample_prompt": "It's a truth",
+        "sample": ' </pre><script>alert("x")</script>\x00 & more\n',
+        "router": _router(),
+        "facts": {"parameters": "1.02 M", "device": "2 <CPUs>"},
+    } | changes
+    return write_report(run_dir, **arguments)
+
+
+class _Page(html.parser.HTMLParser):
+    """Tags, attributes and visible text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def text(self):
+        return "".join(self.words)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "my run"
+    _write(run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def page(run_dir):
+    return _Page((run_dir / "report.html").read_text())
+
+
+def _pictures(page):
+    sources = [image["src"] for image in page.named("img")]
+    sources += [source["srcset"] for source in page.named("source")]
+    return [
+        base64.b64decode(source.removeprefix("data:image/svg+xml;base64,")).decode() for source in sources
+    ]
+
+
+def test_the_report_is_one_file_that_loads_nothing(run_dir, page):
+    assert [path.name for path in run_dir.iterdir()] == ["report.html"]
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe"), f"<{tag}> loads or runs something"
+        for name in ("src", "srcset", "href"):
+            assert attributes.get(name, "data:").startswith("data:"), f"{name} of <{tag}> leaves the file"
+    style = re.search(r"<style>(.*?)</style>", (run_dir / "report.html").read_text(), re.DOTALL)
+    assert style is not None
+    assert "url(" not in style[1]
+    assert "@import" not in style[1]
+    for picture in _pictures(page):
+        for target in re.findall(r'href="([^"]*)"', picture):
+            assert target.startswith(("#", "data:")), f"a picture loads {target}"
+
+
+def test_every_picture_has_a_text_and_a_dark_twin(page):
+    images = page.named("img")
+    assert len(images) == 2
+    assert all(len(image["alt"]) > 40 for image in images)
+    assert "from 5.000 to 0.913 nats per token; held-out loss at the end 1.250" in images[0]["alt"]
+    assert [source["media"] for source in page.named("source")] == ["(prefers-color-scheme: dark)"] * 2
+    light, _, dark, _ = _pictures(page)
+    assert light != dark
+
+
+def test_headings_are_in_order(page):
+    headings = [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings == ["h1"] + ["h2"] * 6
+
+
+def test_the_figures_of_the_result_are_there(page):
+    for text in (
+        "1.803",
+        "3.49",
+        "1.250",
+        "0.913",
+        "training, step 30",
+        "12,345 tokens",
+        "23,456 bytes",
+        "1.02 M",
+    ):
+        assert text in page.text, f"{text} is not in the report"
+
+
+def test_what_the_model_wrote_stays_text(page):
+    assert ' </pre><script>alert("x")</script>� & more\n' in page.text
+    assert "a <text> that was read" in page.text
+    assert "2 <CPUs>" in page.text
+    assert "small & quick" in page.text
+
+
+def test_settings_and_commands_are_there(run_dir, page):
+    assert "model.num_layers312" in page.text
+    assert "data.tokenizerNonebytes" in page.text
+    assert f"mc-jax eval '{run_dir}'" in page.text, "a folder with a space must be quoted"
+    assert f"""mc-jax generate '{run_dir}' --prompt 'It'"'"'s a truth'""" in page.text
+
+
+def test_the_heat_maps_name_layers_and_memories(page):
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", _pictures(page)[1])
+    assert {"Layer 1", "Layer 2", "Layer 3", "online", "token position", "share of the reading"} <= set(
+        labels
+    )
+
+
+def test_mean_shares_of_the_reading_add_up(page):
+    shares = re.findall(r"(\d)(\d+\.\d)%(\d+\.\d)%(\d+\.\d)%", page.text.replace("\n", ""))
+    rows = [[float(share) for share in row[1:]] for row in shares]
+    assert len(rows) == LAYERS
+    for row in rows:
+        assert sum(row) == pytest.approx(100.0, abs=0.15)
+    # Measured here token by token, the report does it with indices.
+    gates = _router().gates[0]
+    readers = range(SEGMENT_LENGTH, TOKENS)
+    latest = np.mean([gates[t, t // SEGMENT_LENGTH - 1] for t in readers])
+    assert rows[0][0] == pytest.approx(100 * gates[SEGMENT_LENGTH:, -1].mean(), abs=0.06)
+    assert rows[0][1] == pytest.approx(100 * latest, abs=0.06)
+
+
+def test_without_router_held_out_text_or_settings_the_report_says_so(tmp_path):
+    path = _write(tmp_path / "run", router=None, held_out=None, config_differences={}, metrics=_metrics(1))
+    page = _Page(path.read_text())
+    assert "no router" in page.text
+    assert "Nothing was measured on held-out text" in page.text
+    assert "every field has its default" in page.text
+    assert len(page.named("img")) == 1
+
+
+def test_a_text_of_one_segment_has_nothing_to_read(tmp_path):
+    gates = np.ones((LAYERS, SEGMENT_LENGTH, 2), np.float32) * np.array([0.0, 1.0], np.float32)[None, None, :]
+    router = RouterPicture(gates=gates, segment_length=SEGMENT_LENGTH, text="short")
+    page = _Page(_write(tmp_path / "run", router=router, metrics=[]).read_text())
+    assert "fits in one segment" in page.text
+    assert page.named("img") == []
+
+
+def test_steps_without_a_finite_loss_are_left_out_and_counted(tmp_path):
+    metrics = _metrics(10)
+    metrics[4] = {"step": 5, "loss": math.nan, "bits_per_byte": math.nan}
+    page = _Page(_write(tmp_path / "run", router=None, metrics=metrics).read_text())
+    assert "1 step whose loss was not finite is left out" in page.text
+
+
+def test_long_runs_keep_their_peaks_and_a_small_picture():
+    from mc_jax.evaluation import _plots
+
+    steps, loss = np.arange(1, 50_001), np.full(50_000, 2.0)
+    loss[12_345] = 9.0
+    shown_steps, shown = _plots._thin(steps, loss)
+    assert len(shown) <= 2000
+    assert shown_steps[np.argmax(shown)] == 12_346
+    assert np.all(np.diff(shown_steps) > 0)
+
+
+def test_a_running_mean_is_a_mean_at_the_ends_too():
+    from mc_jax.evaluation import _plots
+
+    np.testing.assert_allclose(_plots.running_mean(np.full(7, 3.0), 5), 3.0)
+    np.testing.assert_allclose(_plots.running_mean(np.arange(7.0), 3), [0.5, 1, 2, 3, 4, 5, 5.5])
+
+
+def test_importing_the_report_leaves_matplotlib_alone():
+    check = "import sys, mc_jax.evaluation.report; sys.exit('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], check=False)
+    assert done.returncode == 0, "matplotlib takes seconds to import: import it where a report is written"

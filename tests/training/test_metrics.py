@@ -1,0 +1,97 @@
+"""A run's record survives kills and resumes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from mc_jax.training.metrics import MetricsLog, read_metrics
+
+
+def _step(step, loss=2.0):
+    return {"step": step, "tokens": step * 64, "loss": loss, "bits_per_byte": loss / math.log(2)}
+
+
+def test_each_step_is_one_line_that_is_on_disk_at_once(tmp_path):
+    with MetricsLog(tmp_path / "run", start_step=0) as log:
+        log.write(_step(1))
+        log.write(_step(2, loss=1.5))
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [_step(1), _step(2, loss=1.5)]
+    assert read_metrics(tmp_path / "run") == [_step(1), _step(2, loss=1.5)]
+
+
+def test_numpy_numbers_are_written_as_numbers(tmp_path):
+    with MetricsLog(tmp_path, start_step=0) as log:
+        log.write({"step": np.int32(1), "loss": np.float32(0.5)})
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_a_resumed_run_has_one_line_a_step(tmp_path):
+    with MetricsLog(tmp_path, start_step=0) as log:
+        for step in range(1, 6):
+            log.write(_step(step))
+    with MetricsLog(tmp_path, start_step=3) as log:
+        for step in range(4, 7):
+            log.write(_step(step, loss=1.0))
+    metrics = read_metrics(tmp_path)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in metrics] == [2.0, 2.0, 2.0, 1.0, 1.0, 1.0]
+
+
+def test_a_last_line_that_a_kill_tore_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(_step(1)) + "\n" + json.dumps(_step(2))[:17])
+    assert read_metrics(tmp_path) == [_step(1)]
+    with MetricsLog(tmp_path, start_step=1) as log:
+        log.write(_step(2))
+    assert read_metrics(tmp_path) == [_step(1), _step(2)]
+    assert [p.name for p in tmp_path.glob("*.part")] == [], "the rewrite left its temporary file behind"
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is not JSON"):
+        read_metrics(tmp_path)
+
+
+def test_numbers_that_are_not_finite_leave_the_file_valid_json(tmp_path):
+    with MetricsLog(tmp_path, start_step=0) as log:
+        log.write(_step(1, loss=math.nan))
+        log.write(_step(2, loss=math.inf))
+    with MetricsLog(tmp_path, start_step=2):
+        pass
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text, "NaN is no JSON: write null"
+    assert "Infinity" not in text, "Infinity is no JSON: write null"
+    assert [math.isnan(line["loss"]) for line in read_metrics(tmp_path)] == [True, True]
+
+
+def test_tensorboard_is_told_to_drop_what_the_resumed_run_repeats(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    for start in (0, 3):
+        with MetricsLog(tmp_path, start_step=start) as log:
+            log.write(_step(start + 1))
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert len(files) == 2, (
+        "two openings within one second share an event file: the second overwrites the first"
+    )
+    events = [Event.FromString(record) for record in _records(files[1].read_bytes())]
+    assert [event.step for event in events if event.HasField("session_log")] == [4]
+    tags = {value.tag: value.simple_value for event in events for value in event.summary.value}
+    assert tags["training/loss"] == 2.0
+    assert "training/step" not in tags
+
+
+def _records(data):
+    """TFRecord framing: length (8 bytes), its checksum (4), the record, its checksum (4)."""
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        yield data[12 : 12 + length]
+        data = data[16 + length :]
+
+
+def test_a_folder_without_metrics_has_none(tmp_path):
+    assert read_metrics(tmp_path) == []

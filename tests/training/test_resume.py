@@ -1,0 +1,119 @@
+"""A run that is stopped in any way and started again must end as one that was not."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+RECIPE = '''
+"""A run of seconds, for tests."""
+from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
+
+
+def config() -> Config:
+    return Config(
+        model=ModelConfig(
+            num_layers=2, model_dim=16, num_heads=2, mlp_dim=32, segment_length=16, chunk_length=8
+        ),
+        data=DataConfig(corpus={corpus!r}, tokenizer=None, context_length=64),
+        training=TrainingConfig(
+            steps=40, batch_size=4, learning_rate=1e-2, warmup_steps=4, checkpoint_every=5
+        ),
+        evaluation=EvaluationConfig(sample_tokens=8),
+    )
+'''
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    from mc_jax.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("resume")
+    words = "the sea was calm and the wind came from the west; she walked along the shore. "
+    (folder / "text.txt").write_text(words * 150)
+    (folder / "held.txt").write_text(words * 10)
+    prepare(
+        [folder / "text.txt"], folder / "corpus", held_out=[folder / "held.txt"], tokenizer="bytes"
+    )
+    (folder / "tiny.py").write_text(RECIPE.format(corpus=str(folder / "corpus")))
+    return folder
+
+
+def _command(workplace: pathlib.Path, name: str) -> list[str]:
+    return [
+        sys.executable, "-m", "mc_jax.cli", "train", str(workplace / "tiny.py"),
+        "--runs-dir", str(workplace / "runs"), "--name", name,
+    ]  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
+def _steps(run: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _held_out(run: pathlib.Path) -> dict:
+    from mc_jax.evaluation.perplexity import evaluate_run
+
+    return evaluate_run(run)
+
+
+def test_a_run_killed_half_way_ends_as_one_that_was_not(workplace):
+    subprocess.run(_command(workplace, "whole"), env=_environment(), check=True, capture_output=True)
+
+    killed = workplace / "runs" / "killed"
+    process = subprocess.Popen(
+        _command(workplace, "killed"), env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (killed / "metrics.jsonl").exists() and len((killed / "metrics.jsonl").read_text().split("\n")) > 12:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = len(_steps_of_a_torn_file(killed))
+    assert 10 <= reached < 40, f"the kill came at step {reached}, too early or too late to tell anything"
+
+    subprocess.run(_command(workplace, "killed"), env=_environment(), check=True, capture_output=True)
+    whole = workplace / "runs" / "whole"
+    same = [{k: line[k] for k in ("step", "tokens", "loss", "grad_norm")} for line in _steps(whole)]
+    assert [{k: line[k] for k in same[0]} for line in _steps(killed)] == same
+    assert _held_out(killed) == _held_out(whole)
+
+
+def _steps_of_a_torn_file(run: pathlib.Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().split("\n")[:-1]
+
+
+def test_a_finished_run_started_again_trains_no_more_but_reports_again(workplace):
+    run = workplace / "runs" / "whole"
+    before = (run / "metrics.jsonl").read_text()
+    (run / "report.html").unlink()
+    subprocess.run(_command(workplace, "whole"), env=_environment(), check=True, capture_output=True)
+    assert (run / "metrics.jsonl").read_text() == before
+    assert (run / "report.html").exists()
+
+
+def test_a_folder_with_another_run_is_refused_with_the_differences(workplace):
+    run = workplace / "runs" / "whole"
+    before = (run / "config.json").read_text()
+    refused = subprocess.run(
+        [*_command(workplace, "whole"), "--training.learning-rate", "0.5"],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "training.learning_rate 0.01 there, 0.5 here" in refused.stderr
+    assert "--overwrite" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert (run / "config.json").read_text() == before
