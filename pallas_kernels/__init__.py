@@ -3,4 +3,6 @@
 from pallas_kernels.chunk_memory import chunk_memory, memory_step
 from pallas_kernels.state_read import gated_state_read
 
+deep_memory_step = routed_state_read = None
+
 __all__ = ["chunk_memory", "gated_state_read", "memory_step"]

@@ -50,7 +50,7 @@ def initial_online_state(
     )
 
 
-def batch_weights(initial_state: Weights, batch: int, dtype: jnp.dtype) -> Weights:
+def batch_weights[W: Weights](initial_state: W, batch: int, dtype: jnp.dtype) -> W:
     """Return initial weights [H, ., .] or [B, H, ., .] as [B, H, ., .] in `dtype`."""
 
     def expand(leaf: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ def batch_weights(initial_state: Weights, batch: int, dtype: jnp.dtype) -> Weigh
 
 def state_dtype(q: jax.Array) -> jnp.dtype:
     """Return the dtype of states, gates and gradients: float32, or float64 if the queries are."""
-    return jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
 
 
 def select_rows[Tree](rows: jax.Array, chosen: Tree, other: Tree) -> Tree:

@@ -1,6 +1,6 @@
 """The growing cache with which decoding goes on: a pytree of the online memory and the cached ones.
 
-Shapes: B batch, N capacity in cached states, H heads, K key dim, V value dim, R router dim.
+Shapes: B batch, N capacity in cached states, P router blocks, H heads, K key dim, V value dim, R router dim.
 """
 
 import dataclasses
@@ -9,8 +9,23 @@ import jax
 import jax.numpy as jnp
 
 from mc_jax.caching.aggregations import AGGREGATIONS
+from mc_jax.caching.reading import Cached
+from mc_jax.caching.router import Pooled
 from mc_jax.caching.settings import Settings
 from pallas_kernels._state import OnlineState, Weights, batch_weights, select_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segment:
+    """What is known of the segment that is being written; its document's tokens alone count."""
+
+    key_sum: jax.Array | None
+    """Sum of the router keys in each block [B, P, H, R]; None without a router."""
+    key_count: jax.Array
+    """Tokens in each of those sums [B, P], float."""
+    log_retention: jax.Array | None
+    """Sum of log a [B, H]; None where segments are not merged."""
 
 
 @jax.tree_util.register_dataclass
@@ -20,18 +35,16 @@ class Cache:
 
     online: OnlineState
     """The memory of the current segment."""
-    states: Weights
-    """Cached states [B, N, H, ...], oldest first; those at and past `count` are empty places."""
-    pooled: jax.Array | None
-    """Mean router key of each cached segment [B, N, H, R]; None where the aggregation has no router."""
-    key_sum: jax.Array | None
-    """Sum of the current segment's router keys so far [B, H, R]; None likewise."""
-    key_count: jax.Array
-    """Tokens in that sum [B], int32."""
+    segment: Segment
+    """What will be cached with it."""
+    cached: Cached
+    """Cached memories, oldest first; those at and past `count` are empty places."""
+    pooled: Pooled | None
+    """Router keys of the cached memories; None where the aggregation has no router."""
     length: jax.Array
     """Tokens written so far [B], int32, counted from the row's start."""
     count: jax.Array
-    """Cached states that may be read [B], int32."""
+    """Cached memories that may be read [B], int32."""
     initial: Weights | None
     """What an independent segment starts from; None: zeros."""
     settings: Settings = dataclasses.field(metadata={"static": True})
@@ -39,8 +52,8 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        """Places for cached states."""
-        return jax.tree.leaves(self.states)[0].shape[1]
+        """Places for cached memories."""
+        return self.cached.tokens.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -55,15 +68,13 @@ class Cache:
         """
         more = capacity - self.capacity
         if more < 0:
-            raise ValueError(
-                f"capacity {capacity} is less than the cache's {self.capacity}; give at least that"
-            )
+            raise ValueError(f"capacity {capacity} is less than the cache has; give {self.capacity} or more")
 
         def grow(leaf: jax.Array) -> jax.Array:
             return jnp.pad(leaf, [(0, 0), (0, more)] + [(0, 0)] * (leaf.ndim - 2))
 
         return dataclasses.replace(
-            self, states=jax.tree.map(grow, self.states), pooled=jax.tree.map(grow, self.pooled)
+            self, cached=jax.tree.map(grow, self.cached), pooled=jax.tree.map(grow, self.pooled)
         )
 
 
@@ -78,18 +89,31 @@ def restart(online: OnlineState, initial: Weights | None) -> OnlineState:
     return dataclasses.replace(zeros, weights=weights, anchor=anchor)
 
 
-def append_token(cache: Cache, online: OnlineState, router_key: jax.Array | None) -> Cache:
-    """Count one token a row, whose write led to `online`; a segment that it completes is cached.
+def write_segment(
+    segment: Segment, position: jax.Array, settings: Settings, router_key, log_retention
+) -> Segment:
+    """Count one token a row, the one at `position` [B] in its segment, with its router key [B, H, R]."""
+    blocks = segment.key_count.shape[1]
+    block = position // (settings.segment_length // blocks)
+    here = jax.nn.one_hot(block, blocks, dtype=segment.key_count.dtype)
+    key_sum, log_sum = segment.key_sum, segment.log_retention
+    if key_sum is not None:
+        key_sum = key_sum + here[:, :, None, None] * router_key[:, None]
+    if log_sum is not None:
+        log_sum = log_sum + log_retention
+    return Segment(key_sum=key_sum, key_count=segment.key_count + here, log_retention=log_sum)
+
+
+def append_token(cache: Cache, online: OnlineState, segment: Segment) -> Cache:
+    """The cache after one more token a row; a segment that it completes is cached.
 
     Args:
       cache: the cache before the token.
       online: the online state after it.
-      router_key: [B, H, R], or None without a router.
+      segment: what is known of its segment with it.
     """
     length = cache.length + 1
     completed = length % cache.settings.segment_length == 0
-    key_count = cache.key_count + 1
-    key_sum = None if router_key is None else cache.key_sum + router_key
     # Rows that complete nothing write back what the place held.
     place = jnp.minimum(cache.count, cache.capacity - 1)
 
@@ -99,21 +123,23 @@ def append_token(cache: Cache, online: OnlineState, router_key: jax.Array | None
 
         return jax.vmap(put_row)(stored, new, place, completed)
 
-    states, pooled = cache.states, cache.pooled
+    cached, pooled = cache.cached, cache.pooled
     if AGGREGATIONS[cache.settings.aggregation].gates is not None:
-        states = jax.tree.map(put, states, online.weights)
-        if key_sum is not None:
-            pooled = put(pooled, key_sum / key_count[:, None, None].astype(key_sum.dtype))
-            key_sum = jnp.where(completed[:, None, None], 0, key_sum)
+        tokens = jnp.sum(segment.key_count, axis=1)
+        new = Cached(online.weights, tokens, segment.log_retention)
+        cached = jax.tree.map(put, cached, new)
+        if pooled is not None:
+            mean = segment.key_sum / jnp.maximum(segment.key_count, 1)[..., None, None]
+            pooled = jax.tree.map(put, pooled, Pooled(mean, segment.key_count))
+    segment = select_rows(completed, jax.tree.map(jnp.zeros_like, segment), segment)
     if cache.settings.segment_init == "independent":
         online = select_rows(completed, restart(online, cache.initial), online)
     return dataclasses.replace(
         cache,
         online=online,
-        states=states,
+        segment=segment,
+        cached=cached,
         pooled=pooled,
-        key_sum=key_sum,
-        key_count=jnp.where(completed, 0, key_count),
         length=length,
         count=jnp.where(completed, cache.count + 1, cache.count),
     )

@@ -9,22 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from mc_jax.caching import router, segments
-from mc_jax.caching.aggregations import AGGREGATIONS, Gates
-from mc_jax.caching.cache import Cache, append_token, restart
+from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Scores, Selection
+from mc_jax.caching.cache import Cache, append_token, write_segment
+from mc_jax.caching.prefill import cache_after
+from mc_jax.caching.reading import Cached, Routing, choose, combine
 from mc_jax.caching.settings import Settings
-from mc_jax.memories import MEMORIES, Coefficients, Layout, Memory, MemoryRun
-from pallas_kernels._state import OnlineState, Weights, select_rows
-
-
-class Routing(NamedTuple):
-    """What the router needs of each token; all in the dtype of states, [B, T, H, ...]."""
-
-    u: jax.Array
-    """The router's query [B, T, H, R]."""
-    keys: jax.Array
-    """What is pooled over a segment [B, T, H, R]."""
-    online_logit: jax.Array | None
-    """A learned logit for the online memory [B, T, H]; None: the running mean of `keys` is scored."""
+from mc_jax.memories import Coefficients, Layout, Memory, MixableMemory, memory_for
+from pallas_kernels._state import Weights, state_dtype
 
 
 class Output(NamedTuple):
@@ -32,7 +23,7 @@ class Output(NamedTuple):
 
     y: jax.Array
     """[B, T, H, V]."""
-    gates: Gates | None
+    gates: Gates | Selection | None
     """Weights of the memories in each token's read; None where only the online memory is read."""
     cache: Cache
     """With which decoding goes on after the last token."""
@@ -47,11 +38,16 @@ def memory_caching(
     memory: str = "linear",
     aggregation: str = "gated",
     segment_length: int = 256,
+    segmentation: str = "constant",
     segment_init: str = "checkpoint",
     router_keys: jax.Array | None = None,
+    router_blocks: int = 1,
+    top_k: int | None = None,
     online_logit: jax.Array | None = None,
     retention: jax.Array | None = None,
+    momentum: jax.Array | None = None,
     step: jax.Array | None = None,
+    previous_step: jax.Array | None = None,
     document_ids: jax.Array | None = None,
     initial_state: Weights | None = None,
     chunk_length: int = 64,
@@ -64,18 +60,27 @@ def memory_caching(
       k: keys [batch, length, heads, key_dim].
       v: values [batch, length, heads, value_dim].
       u: router queries [batch, length, heads, router_dim]; None only where the aggregation has no router.
-      memory: the recurrence, a key of `mc_jax.memories.MEMORIES`.
-      aggregation: how the memories are read, a key of `mc_jax.caching.aggregations.AGGREGATIONS`.
+      memory: the recurrence: "linear", "swla", "delta", "dla" or "titans".
+      aggregation: how the memories are read: "none", "residual", "gated", "soup", "sparse" or "average".
       segment_length: tokens after which the state is cached; the last segment may be short.
+      segmentation: "constant" (every segment is a memory), or "logarithmic" (a token's segments are grouped
+        by the binary digits of their number; with "gated").
       segment_init: "checkpoint" (a segment goes on from the last state) or "independent".
       router_keys: what is pooled over a segment [batch, length, heads, router_dim]; None: k.
+      router_blocks: a segment's score is the best of its `router_blocks` parts' means; 1: the paper's.
+      top_k: cached memories that "sparse" and "average" read.
       online_logit: a learned logit for the online memory [batch, length, heads]; None: the score of the
         running mean of router keys over the segment so far.
       retention: a_t [batch, length, heads] in (0, 1]; None: 1.
+      momentum: m_t [batch, length, heads] in [0, 1), of "titans"; None: 0.
       step: h_t [batch, length, heads]; None: 1.
+      previous_step: p_t [batch, length, heads], of "swla"; None: 0.
       document_ids: [batch, length], int; packed documents never see each other. None: one document a row.
-      initial_state: [heads, key_dim, value_dim], a leading batch axis allowed; None: zeros.
-      chunk_length: tokens handled together by matrix products; divides segment_length.
+        For "titans", and for memories that are MLPs, documents must start at chunk boundaries.
+      initial_state: [heads, key_dim, value_dim]; for an MLP ("dla", "titans") the pair
+        [heads, key_dim, hidden], [heads, hidden, value_dim]; a leading batch axis is allowed; None: zeros.
+      chunk_length: tokens handled together by matrix products; divides segment_length. The gradients of
+        "titans", and of MLPs, are taken at the state that a chunk starts from.
       implementation: of the ops beneath; None picks the best for the platform.
 
     Returns:
@@ -88,8 +93,11 @@ def memory_caching(
         memory=memory,
         aggregation=aggregation,
         segment_length=segment_length,
+        segmentation=segmentation,
         segment_init=segment_init,
         chunk_length=chunk_length,
+        top_k=top_k,
+        router_blocks=router_blocks,
         implementation=implementation,
     )
     routing = None
@@ -101,15 +109,11 @@ def memory_caching(
         for name, value in (("u", u), ("router_keys", router_keys), ("online_logit", online_logit)):
             if value is not None:
                 raise ValueError(f"{name} has no effect with aggregation {aggregation!r}; leave it out")
+    coefficients = Coefficients(
+        retention=retention, momentum=momentum, step=step, previous_step=previous_step
+    )
     output = forward(
-        q,
-        k,
-        v,
-        routing,
-        Coefficients(retention=retention, step=step),
-        settings,
-        document_ids=document_ids,
-        initial_state=initial_state,
+        q, k, v, routing, coefficients, settings, document_ids=document_ids, initial_state=initial_state
     )
     return output.y, output.cache
 
@@ -125,49 +129,77 @@ def forward(
     document_ids: jax.Array | None = None,
     initial_state: Weights | None = None,
     lengths: jax.Array | None = None,
+    top_k: jax.Array | None = None,
 ) -> Output:
-    """`memory_caching` for a caller that has its settings at hand; `lengths` [B] makes rows end early.
+    """`memory_caching` for a caller that has its settings at hand.
 
-    Tokens at and past a row's length are not written; what is read there has no meaning.
+    Args:
+      q: as there, like all that is not named here.
+      k: keys.
+      v: values.
+      routing: what the router needs; None without a router.
+      coefficients: scalars per token and head.
+      settings: static.
+      document_ids: packed documents.
+      initial_state: of the memory.
+      lengths: [batch], int32: rows end there; later tokens are not written, and what they read has no
+        meaning. None: all rows are full.
+      top_k: a traced scalar in place of the settings' top_k, while that is annealed.
     """
     batch, length = q.shape[:2]
-    memory, aggregation = MEMORIES[settings.memory], AGGREGATIONS[settings.aggregation]
+    memory = _memory(settings, coefficients, initial_state)
     if document_ids is not None:
         document_ids = segments.normalize_documents(document_ids)
-    run = memory.run(
-        q,
-        k,
-        v,
-        coefficients,
-        Layout(
-            segment_length=settings.segment_length,
-            segment_init=settings.segment_init,
-            chunk_length=settings.chunk_length,
-            implementation=settings.implementation,
-        ),
+    layout = Layout(
+        segment_length=settings.segment_length,
+        segment_init=settings.segment_init,
+        chunk_length=settings.chunk_length,
+        implementation=settings.implementation,
         initial_state=initial_state,
         document_ids=document_ids,
         lengths=lengths,
     )
-    dtype = jax.tree.leaves(run.segment_states)[0].dtype
-    routing = None if routing is None else jax.tree.map(lambda x: x.astype(dtype), routing)
-    gates = pooled = None
-    if aggregation.gates is not None:
-        scores = online_logit = None
-        if routing is not None:
-            pooled = router.pool(routing.keys, document_ids, settings.segment_length)
-            scores = router.score(routing.u, pooled)
-            online_logit = routing.online_logit
-            if online_logit is None:
-                online_logit = router.running_mean_logit(
-                    routing.u, routing.keys, document_ids, settings.segment_length
-                )
+    run = memory.run(q, k, v, coefficients, layout)
+    dtype = state_dtype(q)
+    owned = segments.owned(document_ids, batch, length, settings.segment_length).astype(dtype)
+    log_retention = _log_retention(settings, coefficients, (batch, length, q.shape[2]), dtype)
+    log_sum = None
+    if log_retention is not None:
+        log_sum = jnp.einsum("bsl,bslh->bsh", owned, segments.split(log_retention, settings.segment_length))
+    cached = Cached(run.segment_states, jnp.sum(owned, axis=2), log_sum)
+    scores = pooled = None
+    if routing is not None:
+        routing = Routing(*jax.tree.map(lambda x: x.astype(dtype), tuple(routing)))
+        pooled = router.pool(routing.keys, document_ids, settings.segment_length, settings.router_blocks)
+        online_logit = routing.online_logit
+        if online_logit is None:
+            online_logit = router.running_mean_logit(routing.u, routing.keys, settings.segment_length)
+        scores = Scores(router.score(routing.u, pooled), online_logit)
+    gates = None
+    if AGGREGATIONS[settings.aggregation].gates is not None:
         eligible = segments.eligible(document_ids, batch, length, settings.segment_length)
-        gates = aggregation.gates(scores, online_logit, eligible)
-    y = _read(memory, q, run.reads, gates, run.segment_states)
+        gates = choose(settings, scores, eligible, cached, top_k)
+    if _mixes_weights(settings, memory):
+        online_gate, cached_gates = _dense(gates)
+        mixed = memory.run_mixed(q, k, v, coefficients, layout, online_gate, cached_gates, run.segment_states)
+        y = mixed.astype(dtype) + memory.skip(q).astype(dtype)
+    else:
+        y = combine(memory, q, run.reads, gates, run.segment_states)
     if lengths is None:
         lengths = jnp.full((batch,), length, jnp.int32)
-    cache = _cache(run, routing, pooled, document_ids, lengths, initial_state, settings)
+    if document_ids is None:
+        document_ids = jnp.zeros((batch, length), jnp.int32)
+    cache = cache_after(
+        lengths,
+        online=run.final,
+        cached=cached,
+        pooled=pooled,
+        routing=routing,
+        log_retention=log_retention,
+        document_ids=document_ids,
+        initial=initial_state,
+        settings=settings,
+    )
     return Output(y.astype(v.dtype), gates, cache)
 
 
@@ -193,93 +225,66 @@ def decode(
       y [batch, heads, value_dim] and the cache after the token. NaN in rows that ran out of places.
     """
     settings = cache.settings
-    memory, aggregation = MEMORIES[settings.memory], AGGREGATIONS[settings.aggregation]
-    overflow = cache.count > cache.capacity
-    read, online = memory.step(cache.online, q, k, v, coefficients, cache.length % settings.chunk_length == 0)
+    memory = _memory(settings, coefficients, cache.online.weights)
+    dtype = cache.cached.tokens.dtype
+    log_retention = _log_retention(settings, coefficients, k.shape[:2], dtype)
+    scores = router_key = None
+    if routing is not None:
+        routing = Routing(*jax.tree.map(lambda x: x.astype(dtype), tuple(routing)))
+        router_key = routing.keys
+    position = cache.length % settings.segment_length
+    segment = write_segment(cache.segment, position, settings, router_key, log_retention)
+    if routing is not None:
+        assert cache.pooled is not None
+        online_logit = routing.online_logit
+        if online_logit is None:
+            assert segment.key_sum is not None
+            mean = jnp.sum(segment.key_sum, axis=1) / jnp.sum(segment.key_count, axis=1)[:, None, None]
+            online_logit = jnp.sum(routing.u * mean, axis=-1)
+        scores = Scores(router.score(routing.u[:, None], cache.pooled), online_logit[:, None])
     gates = None
-    if routing is not None:
-        dtype = cache.key_sum.dtype
-        routing = jax.tree.map(lambda x: x.astype(dtype), routing)
-    if aggregation.gates is not None:
-        scores = online_logit = None
-        if routing is not None:
-            scores = router.score(routing.u[:, None], cache.pooled)
-            online_logit = routing.online_logit
-            if online_logit is None:
-                count = (cache.key_count + 1).astype(dtype)[:, None, None]
-                online_logit = jnp.sum(routing.u * (cache.key_sum + routing.keys) / count, axis=-1)
-            online_logit = online_logit[:, None]
+    if AGGREGATIONS[settings.aggregation].gates is not None:
         eligible = jnp.arange(cache.capacity)[None] < cache.count[:, None]
-        gates = aggregation.gates(scores, online_logit, eligible[:, None])
-    y = _read(memory, q[:, None], read[:, None], gates, cache.states)[:, 0]
-    if aggregation.gates is not None:
-        y = jnp.where(overflow[:, None, None], jnp.nan, y)
-    cache = append_token(cache, online, None if routing is None else routing.keys)
-    return y.astype(v.dtype), cache
-
-
-def _read(
-    memory: Memory, q: jax.Array, online_read: jax.Array, gates: Gates | None, states: Weights
-) -> jax.Array:
-    """The weighted sum of all queried memories [B, T, H, V] (MC eq. 8)."""
-    y = online_read
+        gates = choose(settings, scores, eligible[:, None], cache.cached, None)
+    chunk_start = cache.length % settings.chunk_length == 0
+    states = cache.cached.states
+    if _mixes_weights(settings, memory):
+        online_gate, cached_gates = _dense(gates)
+        mixed, online = memory.step_mixed(
+            cache.online, q, k, v, coefficients, chunk_start, online_gate[:, 0], cached_gates[:, 0], states
+        )
+        y = mixed.astype(dtype) + memory.skip(q).astype(dtype)
+    else:
+        read, online = memory.step(cache.online, q, k, v, coefficients, chunk_start)
+        y = combine(memory, q[:, None], read[:, None], gates, states)[:, 0]
     if gates is not None:
-        cached = jnp.broadcast_to(gates.cached, (*q.shape[:3], gates.cached.shape[-1]))
-        y = gates.online[..., None] * online_read.astype(gates.online.dtype)
-        y = y + memory.read(q, cached, states).astype(y.dtype)
-    skip = memory.skip(q)
-    return y if skip is None else y + skip.astype(y.dtype)
+        y = jnp.where((cache.count > cache.capacity)[:, None, None], jnp.nan, y)
+    return y.astype(v.dtype), append_token(cache, online, segment)
 
 
-def _cache(
-    run: MemoryRun,
-    routing: Routing | None,
-    pooled: jax.Array | None,
-    document_ids: jax.Array | None,
-    lengths: jax.Array,
-    initial_state: Weights | None,
-    settings: Settings,
-) -> Cache:
-    """The cache after tokens 0 .. lengths-1 of each row."""
-    segment_length = settings.segment_length
-    batch = lengths.shape[0]
-    count = lengths // segment_length
-    states = run.segment_states
-    if AGGREGATIONS[settings.aggregation].gates is None:
-        states = jax.tree.map(lambda x: x[:, :0], states)  # nothing will read them
-    elif document_ids is not None:
-        # Only the last document's segments may be read: they move to the front.
-        last = jnp.take_along_axis(document_ids, lengths[:, None] - 1, axis=1)
-        owners = segments.segment_documents(document_ids, segment_length)
-        mine = (owners == last) & (jnp.arange(owners.shape[1])[None] < count[:, None])
-        order = jnp.argsort(~mine, axis=1, stable=True)
-        states, pooled = jax.tree.map(
-            lambda x: jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1),
-            (states, pooled),
-        )
-        count = jnp.sum(mine, axis=1, dtype=jnp.int32)
-    key_sum = None
-    key_count = lengths % segment_length
-    if routing is not None:
-        positions = jnp.arange(routing.keys.shape[1])[None]
-        current = (positions // segment_length == (lengths // segment_length)[:, None]) & (
-            positions < lengths[:, None]
-        )
-        if document_ids is not None:
-            current &= document_ids == last
-        key_sum = jnp.einsum("bt,bthr->bhr", current.astype(routing.keys.dtype), routing.keys)
-        key_count = jnp.sum(current, axis=1, dtype=jnp.int32)
-    online: OnlineState = run.final
-    if settings.segment_init == "independent":
-        online = select_rows(lengths % segment_length == 0, restart(online, initial_state), online)
-    return Cache(
-        online=online,
-        states=states,
-        pooled=pooled,
-        key_sum=key_sum,
-        key_count=key_count,
-        length=lengths,
-        count=jnp.broadcast_to(count, (batch,)),
-        initial=initial_state,
-        settings=settings,
-    )
+def _memory(settings: Settings, coefficients: Coefficients, weights: Weights | None) -> Memory:
+    memory = memory_for(settings.memory, weights)
+    for name, value in coefficients._asdict().items():
+        if value is not None and name not in memory.coefficients:
+            known = ", ".join(memory.coefficients)
+            raise ValueError(f"{name} has no effect on memory {settings.memory!r}, which has {known}")
+    return memory
+
+
+def _mixes_weights(settings: Settings, memory: Memory) -> bool:
+    return AGGREGATIONS[settings.aggregation].mixes_weights and isinstance(memory, MixableMemory)
+
+
+def _dense(gates: Gates | Selection | None) -> Gates:
+    assert isinstance(gates, Gates)
+    return gates
+
+
+def _log_retention(settings, coefficients: Coefficients, shape, dtype) -> jax.Array | None:
+    """Log a where segments are merged into groups, which needs their decays."""
+    if settings.segmentation == "constant" or settings.segment_init == "checkpoint":
+        return None
+    if coefficients.retention is None:
+        return jnp.zeros(shape, dtype)
+    retention = coefficients.retention.astype(dtype)
+    return jnp.log(jnp.maximum(retention, jnp.finfo(dtype).tiny))

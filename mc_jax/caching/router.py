@@ -1,7 +1,10 @@
 """The router: pooled keys of segments, their scores, and the online memory's logit (MATH.md section 3).
 
-Shapes: B batch, T tokens, S segments, L segment length, H heads, R router dim. All in float32 or wider.
+Shapes: B batch, T tokens, S segments, P blocks of a segment, L tokens of one, H heads, R router dim. All in
+float32 or wider.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,19 @@ import jax.numpy as jnp
 from mc_jax.caching import segments
 
 
-def pool(router_keys: jax.Array, document_ids: jax.Array | None, segment_length: int) -> jax.Array:
-    """Mean router key of each segment [batch, segments, heads, router_dim] (MC eq. 16).
+class Pooled(NamedTuple):
+    """Mean router keys of segments."""
+
+    mean: jax.Array
+    """[B, S, P, H, R]."""
+    tokens: jax.Array
+    """In each mean [B, S, P], of the same dtype; 0 where a block has none."""
+
+
+def pool(
+    router_keys: jax.Array, document_ids: jax.Array | None, segment_length: int, blocks: int = 1
+) -> Pooled:
+    """Mean router keys of the segments' equal blocks (MC eq. 16; one block: the paper's).
 
     The mean, where the paper prints a sum: a sum of hundreds of unit keys makes the softmax one-hot.
 
@@ -18,31 +32,36 @@ def pool(router_keys: jax.Array, document_ids: jax.Array | None, segment_length:
       router_keys: [batch, length, heads, router_dim].
       document_ids: [batch, length] or None; only the last document in a segment is pooled.
       segment_length: tokens in a segment.
+      blocks: parts of a segment; divides segment_length.
     """
     batch, length = router_keys.shape[:2]
-    weights = segments.owned(document_ids, batch, length, segment_length).astype(router_keys.dtype)
+    owned = segments.owned(document_ids, batch, length, segment_length)
+    owned = owned.reshape(batch, owned.shape[1], blocks, -1).astype(router_keys.dtype)
     keys_BSLHR = segments.split(router_keys, segment_length)
-    total = jnp.einsum("bsl,bslhr->bshr", weights, keys_BSLHR)
-    return total / jnp.sum(weights, axis=2)[:, :, None, None]
+    keys_BSPLHR = keys_BSLHR.reshape(*owned.shape, *keys_BSLHR.shape[3:])
+    tokens = jnp.sum(owned, axis=3)
+    total = jnp.einsum("bspl,bsplhr->bsphr", owned, keys_BSPLHR)
+    return Pooled(total / jnp.maximum(tokens, 1)[..., None, None], tokens)
 
 
-def score(u: jax.Array, pooled: jax.Array) -> jax.Array:
-    """<u_t, pooled_i>: [batch, length, heads, segments] from [B, T, H, R] and [B, S, H, R]."""
-    return jnp.einsum("bthr,bshr->bths", u, pooled)
+def score(u: jax.Array, pooled: Pooled) -> jax.Array:
+    """Max over blocks of <u_t, mean key>: [batch, length, heads, segments] from u [B, T, H, R]."""
+    scores = jnp.einsum("bthr,bsphr->bthsp", u, pooled.mean)
+    if scores.shape[-1] == 1:
+        return scores[..., 0]
+    return jnp.max(jnp.where(pooled.tokens[:, None, None] > 0, scores, -jnp.inf), axis=-1)
 
 
-def running_mean_logit(
-    u: jax.Array, router_keys: jax.Array, document_ids: jax.Array | None, segment_length: int
-) -> jax.Array:
+def running_mean_logit(u: jax.Array, router_keys: jax.Array, segment_length: int) -> jax.Array:
     """The online memory's logit without a learned map: <u_t, mean of its segment's keys up to t>.
 
     The paper pools the current segment too; a mean over all of it would leak the future, so the mean
-    runs up to and with t, over t's own document.
+    runs up to and with t. Documents need no care: in the segment where one starts it has no cached memory
+    to weigh against the online one.
 
     Args:
       u: [batch, length, heads, router_dim].
       router_keys: [batch, length, heads, router_dim].
-      document_ids: [batch, length] or None.
       segment_length: tokens in a segment.
 
     Returns:
@@ -50,14 +69,7 @@ def running_mean_logit(
     """
     batch, length = u.shape[:2]
     sums_BSLHR = jnp.cumsum(segments.split(router_keys, segment_length), axis=2)
-    position = jnp.broadcast_to(jnp.arange(segment_length)[None, None], sums_BSLHR.shape[:3])
-    first = jnp.zeros_like(position)
-    if document_ids is not None:
-        ids = segments.split(document_ids, segment_length)
-        starts = jnp.pad(ids[:, :, 1:] != ids[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
-        first = jax.lax.cummax(jnp.where(starts, position, 0), axis=2)
-        before = jnp.pad(sums_BSLHR, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))
-        sums_BSLHR -= jnp.take_along_axis(before, first[..., None, None], axis=2)
-    mean = sums_BSLHR / (position - first + 1).astype(u.dtype)[..., None, None]
+    counts = jnp.arange(1, segment_length + 1).astype(u.dtype)
+    mean = sums_BSLHR / counts[None, None, :, None, None]
     mean = mean.reshape(batch, -1, *mean.shape[3:])[:, :length]
     return jnp.sum(u * mean, axis=-1)

@@ -1,14 +1,13 @@
-"""The small interface through which caching knows a memory, and the memories whose state is a matrix.
+"""The small interface through which caching knows a memory.
 
 Shapes: B batch, T tokens, S segments, H heads, K key dim, V value dim, N states.
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from pallas_kernels import chunk_memory, gated_state_read, memory_step
 from pallas_kernels._state import OnlineState, Weights
 
 
@@ -27,19 +26,29 @@ class Coefficients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a row of tokens is cut: static, shared by all its layers."""
+    """How rows of tokens are cut, and what they start from."""
 
     segment_length: int
     segment_init: str
     chunk_length: int
-    implementation: str | None = None
+    implementation: str | None
+    initial_state: Weights | None
+    """[H, ...] or [B, H, ...]; None: zeros."""
+    document_ids: jax.Array | None
+    """[B, T]; None: one document a row."""
+    lengths: jax.Array | None
+    """[B]: tokens at and past it are not written; None: all are."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The fields as keyword arguments of an op."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 class MemoryRun(NamedTuple):
     """What a memory leaves after it has been run over rows of tokens."""
 
     reads: jax.Array
-    """The online memory read by each token's query [B, T, H, V]."""
+    """The online memory read by each token's query, without `skip` [B, T, H, V]."""
     segment_states: Weights
     """The state at each segment's end [B, S, H, ...]."""
     final: OnlineState
@@ -49,24 +58,17 @@ class MemoryRun(NamedTuple):
 class Memory(Protocol):
     """A recurrence: how tokens are written to a memory, how a state is queried (MATH.md section 1).
 
-    A read is linear in the gates: `reads * online_gate + read(q, gates, states)` is the weighted sum of
-    queried memories, to which `skip` adds what all memories share.
+    Reads leave out what a memory adds whatever its state (`skip`), so that a weighted sum of reads counts
+    it once.
     """
 
-    coefficients: tuple[str, ...]
-    """Names of the `Coefficients` it uses; any other one is an error."""
+    @property
+    def coefficients(self) -> tuple[str, ...]:
+        """Names of the `Coefficients` it uses; any other one is an error."""
+        ...
 
     def run(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        coefficients: Coefficients,
-        layout: Layout,
-        *,
-        initial_state: Weights | None,
-        document_ids: jax.Array | None,
-        lengths: jax.Array | None,
+        self, q: jax.Array, k: jax.Array, v: jax.Array, coefficients: Coefficients, layout: Layout
     ) -> MemoryRun:
         """Write and query all tokens [B, T, H, dim]; the states at the segments' ends."""
         ...
@@ -84,48 +86,56 @@ class Memory(Protocol):
         ...
 
     def read(self, q: jax.Array, gates: jax.Array, states: Weights) -> jax.Array:
-        """sum_n gates[..., n] M_n(q) without the skip: [B, T, H, V] from gates [B, T, H, N]."""
+        """sum_n gates[..., n] M_n(q): [B, T, H, V] from gates [B, T, H, N] and states [B, N, H, ...]."""
+        ...
+
+    def read_selected(self, q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
+        """sum_j gates[..., j] M_indices[..., j](q), each token its own few states [B, T, H, k]."""
         ...
 
     def skip(self, q: jax.Array) -> jax.Array | None:
-        """What every memory adds to its read whatever its state, counted once; None for a matrix."""
+        """What every memory adds to its read whatever its state; None for a matrix."""
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class MatrixMemory:
-    """A memory whose state is a matrix [K, V] that is read as q M; `rule` is one of `chunk_memory`'s."""
+@runtime_checkable
+class MixableMemory(Memory, Protocol):
+    """A memory for which mixing weights is not the same as mixing reads: one that is not linear in them."""
 
-    rule: str
-    coefficients: tuple[str, ...]
+    def run_mixed(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        coefficients: Coefficients,
+        layout: Layout,
+        online_gate: jax.Array,
+        gates: jax.Array,
+        states: Weights,
+    ) -> jax.Array:
+        """Query, for each token, the memory whose weights are the gated sum of online and cached ones."""
+        ...
 
-    def run(self, q, k, v, coefficients, layout, *, initial_state, document_ids, lengths) -> MemoryRun:
-        """See `Memory.run`."""
-        return MemoryRun(
-            *chunk_memory(
-                q,
-                k,
-                v,
-                rule=self.rule,
-                **coefficients._asdict(),
-                segment_length=layout.segment_length,
-                segment_init=layout.segment_init,
-                chunk_length=layout.chunk_length,
-                initial_state=initial_state,
-                document_ids=document_ids,
-                lengths=lengths,
-                implementation=layout.implementation,
-            )
-        )
+    def step_mixed(
+        self,
+        state: OnlineState,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        coefficients: Coefficients,
+        chunk_start: jax.Array,
+        online_gate: jax.Array,
+        gates: jax.Array,
+        states: Weights,
+    ) -> tuple[jax.Array, OnlineState]:
+        """The same for one token a row: gates [B, H, N]."""
+        ...
 
-    def step(self, state, q, k, v, coefficients, chunk_start) -> tuple[jax.Array, OnlineState]:
-        """See `Memory.step`."""
-        return memory_step(state, q, k, v, rule=self.rule, **coefficients._asdict(), chunk_start=chunk_start)
 
-    def read(self, q, gates, states) -> jax.Array:
-        """See `Memory.read`."""
-        return gated_state_read(q, gates, states)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A recurrence and the kinds of state it is defined on."""
 
-    def skip(self, q) -> None:
-        """A matrix adds nothing of its own."""
-        return None
+    matrix: Memory
+    mlp: MixableMemory | None = None
+    """None where the rule is about a matrix."""

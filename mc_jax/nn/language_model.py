@@ -27,9 +27,8 @@ class LanguageModel(nnx.Module):
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab_size, config.model_dim)))
         self.blocks = _stacked_blocks(config, dtype, rngs.params())
         self.norm = RMSNorm(config.model_dim)
-        self.head = None
-        if not config.tie_embeddings:
-            self.head = nnx.Linear(config.model_dim, vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
+        head = nnx.Linear(config.model_dim, vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
+        self.head = None if config.tie_embeddings else head
 
     def __call__(self, tokens: jax.Array, document_ids: jax.Array | None = None) -> jax.Array:
         """Logits [B, T, vocabulary], float32, of the token after each of tokens [B, T], int32."""

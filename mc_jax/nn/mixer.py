@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_jax import caching
-from mc_jax.caching.aggregations import AGGREGATIONS, Gates
+from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Selection
 from mc_jax.memories import MEMORIES, Coefficients
 from mc_jax.nn.convolution import ShortConvolution
 from mc_jax.nn.norm import RMSNorm
@@ -86,7 +86,7 @@ class MemoryCaching(nnx.Module):
 
         self.query, self.key, self.value = linear(model_dim), linear(model_dim), linear(model_dim)
         self.convolution = ShortConvolution(3 * model_dim, convolution_width, dtype=dtype, rngs=rngs)
-        names = MEMORIES[settings.memory].coefficients
+        names = MEMORIES[settings.memory].matrix.coefficients
         self.retention = _Retention(model_dim, num_heads, rngs) if "retention" in names else None
         self.step_size = _Fraction(model_dim, num_heads, rngs) if "step" in names else None
         uses_router = AGGREGATIONS[settings.aggregation].uses_router
@@ -101,7 +101,7 @@ class MemoryCaching(nnx.Module):
         """Mix tokens x [B, T, D]; packed documents [B, T] do not see each other."""
         return self.apply(x, document_ids)[0]
 
-    def apply(self, x: jax.Array, document_ids: jax.Array | None = None) -> tuple[jax.Array, Gates | None]:
+    def apply(self, x: jax.Array, document_ids: jax.Array | None = None) -> tuple[jax.Array, Gates | Selection | None]:
         """As a call, with the weights of the memories that each token read."""
         qkv = self.convolution(self._qkv(x), document_ids)
         output = self._forward(x, qkv, document_ids, None)

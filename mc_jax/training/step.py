@@ -73,7 +73,9 @@ def make_step(
 
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
             (loss, gradients), _ = jax.lax.scan(accumulate, zeros, parts)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        # Adam's bias correction raises a float to an integer power.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
         return TrainState(parameters, optimizer_state, state.step + 1), metrics

@@ -9,11 +9,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._state import state_dtype
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """What one segment works on, [R, N, H, C, dim] and [R, N, H, C]; None is the neutral coefficient."""
+    """What one segment works on, [R, N, H, C, dim] and [R, N, H or 1, C]; None is the neutral coefficient."""
 
     q: jax.Array
     k: jax.Array
@@ -29,9 +31,9 @@ class Tokens:
     momentum: jax.Array | None
     """Momentum: titans; 1 where nothing is written."""
     live: jax.Array | None
-    """1 where a token is written and 0 where not, in the state's dtype: titans."""
+    """1 where a token is written and 0 where not, [R, N, 1, C] in the state's dtype: titans."""
     document_start: jax.Array | None
-    """[R, N] bool, chunks that begin a document: titans."""
+    """[R, N, 1, C] bool, tokens that begin a document: titans, which looks at each chunk's first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,3 +88,9 @@ def heads_first(x: jax.Array) -> jax.Array:
 def scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
     """Return x [..., C, dim] times factor [..., C], in the factor's dtype; x itself if there is none."""
     return x if factor is None else x.astype(factor.dtype) * factor[..., None]
+
+
+def product(equation: str, left: jax.Array, right: jax.Array, like: jax.Array) -> jax.Array:
+    """Return a product of two matrices rounded to the dtype of `like`, accumulated in the state's dtype."""
+    left, right = left.astype(like.dtype), right.astype(like.dtype)
+    return jnp.einsum(equation, left, right, preferred_element_type=state_dtype(like))

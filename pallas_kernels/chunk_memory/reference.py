@@ -8,8 +8,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._state import OnlineState, Weights, batch_weights, initial_online_state
-from pallas_kernels._state import select_rows, state_dtype
+from pallas_kernels._state import (
+    OnlineState,
+    batch_weights,
+    initial_online_state,
+    select_rows,
+    state_dtype,
+)
 from pallas_kernels.chunk_memory.step import memory_step
 
 
@@ -25,7 +30,7 @@ def chunk_memory(
     previous_step: jax.Array | None,
     segment_length: int,
     segment_init: str,
-    initial_state: Weights | None,
+    initial_state: jax.Array | None,
     chunk_length: int,
     document_ids: jax.Array | None,
     lengths: jax.Array | None,
@@ -45,7 +50,7 @@ def chunk_memory(
         lengths = jnp.full((batch,), tokens, jnp.int32)
 
     segments = -(-tokens // segment_length)
-    position = jnp.arange(segments * segment_length)
+    position = jnp.arange(segments * segment_length, dtype=jnp.int32)
     valid = position[None] < lengths[:, None]
     chunk_start = position % chunk_length == 0
     reset = jnp.zeros_like(valid)
@@ -69,7 +74,9 @@ def chunk_memory(
 
     def segment(carry, inputs):
         carry, reads = jax.lax.scan(token, carry, inputs)
-        return carry, (reads, carry[0].weights)
+        weights = carry[0].weights
+        assert isinstance(weights, jax.Array)
+        return carry, (reads, weights)
 
     cut = functools.partial(_cut, segments=segments)
     coefficients = {

@@ -45,7 +45,7 @@ def memory_step(
 
     def scalar(coefficient: jax.Array | None, default: float) -> jax.Array:
         if coefficient is None:
-            return jnp.asarray(default, dtype)
+            return jnp.full((1, 1, 1), default, dtype)
         return coefficient.astype(dtype)[..., None]
 
     query, key, value = q.astype(dtype), k.astype(dtype), v.astype(dtype)
@@ -55,6 +55,7 @@ def memory_step(
     if rule == "titans":
         assert chunk_start is not None
         assert isinstance(surprise, jax.Array)
+        assert isinstance(anchor, jax.Array)
         anchor = select_rows(chunk_start, weights, anchor)
         written = scalar(step, 1.0) * (value - _read(key, anchor))
         surprise = scalar(momentum, 0.0)[..., None] * surprise + _outer(key, written)

@@ -1,113 +1,175 @@
-"""The MLP memory in chunks: inside a chunk there are only matrix products, and no weights of a single token.
+"""The MLP memory as matrix products: for every platform.
 
-With the gradients of a chunk all taken at the weights it starts from, every write is a sum of outer products,
-so reading the weights of token t is a read of the chunk's start plus a causal, decayed attention over the
-chunk's writes, layer by layer (the dual form of TTT and Titans). Weights M and momentum S travel together as a
-state with R rows (M, S), because (M, S) decays by a 2 x 2 matrix; without momentum R is 1.
+A loop over segments, or none where they are independent: they then run side by side, as rows. Within a
+segment a loop over blocks of chunks, whose inner values are computed again for the gradient, so that what is
+kept is a state a block, a few numbers a token, and never a state a token.
 
-Shapes: B batch, T tokens, S segments, C chunk, H heads, K key dim, V value dim, E hidden dim, R state rows.
+Shapes: B batch, T tokens, S segments, N chunks of a segment, C chunk, H heads, K key dim, V value dim,
+E hidden dim. R rows: the batch, or batch times segments where segments are independent.
 """
+
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._state import OnlineState, batch_weights, select_rows, state_dtype
+from pallas_kernels._state import (
+    OnlineState,
+    batch_weights,
+    initial_online_state,
+    select_rows,
+    state_dtype,
+)
+from pallas_kernels.chunk_memory._chunks import Grid
+from pallas_kernels.deep_memory._chunk import Tokens, run_chunks
 
 _BLOCK_CHUNKS = 8
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
-class Tokens(NamedTuple):
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    retention: jax.Array
-    momentum: jax.Array | None
-    step: jax.Array
-    hidden_bias: jax.Array | None
-    hidden_gate: jax.Array | None
+def deep_memory(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    objective: str,
+    retention: jax.Array | None,
+    momentum: jax.Array | None,
+    step: jax.Array | None,
+    segment_length: int,
+    segment_init: str,
+    initial_state: tuple[jax.Array, jax.Array],
+    chunk_length: int,
+    document_ids: jax.Array | None,
+    lengths: jax.Array | None,
+    hidden_bias: jax.Array | None,
+    hidden_gate: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], OnlineState, jax.Array | None]:
+    """See `pallas_kernels.deep_memory`, which checks the arguments."""
+    batch, count = q.shape[:2]
+    independent = segment_init == "independent"
+    grid = Grid.fit(count, segment_length, chunk_length)
+    tokens = _lay_out(
+        grid,
+        q,
+        k,
+        v,
+        coefficients=(retention, momentum, step),
+        document_ids=document_ids,
+        lengths=lengths,
+        hidden_bias=hidden_bias,
+        hidden_gate=hidden_gate,
+    )
+    tokens = jax.tree.map(functools.partial(grid.cut, independent=independent), tokens)
+    padded = tokens.live is not None
 
+    weights = batch_weights(initial_state, batch, state_dtype(q))
+    if independent:
+        weights = jax.tree.map(lambda x: jnp.repeat(x, grid.segments, axis=0), weights)
+    # Without padding the next token always begins a chunk: no anchor need be carried along.
+    start = initial_online_state(weights, momentum=objective == "l2", anchor=padded)
 
-def _matmul(a, b, **kw):
-    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32), **kw)
+    def segment(state: OnlineState, tokens: Tokens):
+        run = functools.partial(run_chunks, objective=objective, initial=start)
+        chunks = jax.tree.map(_chunks_first, tokens)
+        if chunks.restart is not None:
+            chunks = dataclasses.replace(chunks, restart=chunks.restart[:, :, 0, 0])
+        state, outputs = _run_in_blocks(run, state, chunks)
+        return state, (jax.tree.map(_chunks_last, outputs), state.weights)
 
-
-def gelu_and_slope(z):
-    cubic, scale = 0.044715, (2 / jnp.pi) ** 0.5
-    square = z * z
-    t = jnp.tanh(scale * z * (1 + cubic * square))
-    gelu = 0.5 * z * (1 + t)
-    slope = 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * scale * (1 + 3 * cubic * square)
-    return gelu, slope
-
-
-def decay_products(x):
-    """[..., C] -> [..., C, C + 1]"""
-    C = x.shape[-1]
-    rows, columns = jnp.arange(1, C + 1)[:, None], jnp.arange(C + 1)[None, :]
-    factor = jnp.where((rows > columns), x[..., :, None], jnp.ones((), x.dtype))
-    return jnp.where(rows >= columns, jnp.cumprod(factor, axis=-2), 0)
-
-
-def block(objective, carry, tokens):
-    dtype = carry[0].dtype
-    t = tokens
-    B = decay_products(t.retention)
-    if t.momentum is not None:
-        Em = decay_products(t.momentum)
-        G = _matmul(B[..., 1:], Em, precision=_HIGHEST)
-        read = jnp.stack([B[..., 0], G[..., 0]], -2)   # [g,B,H,R,C]
-        write = jnp.stack([G[..., -1, 1:], Em[..., -1, 1:]], -2)
-        G = G[..., 1:]
-        trans = (B[..., -1, 0], read[..., 1, -1], Em[..., -1, 0])
+    final, ((branch, hidden), states) = jax.lax.scan(segment, start, tokens)
+    join = lambda x: grid.join(x, independent)[:, :count]  # noqa: E731
+    branch, hidden = jax.tree.map(join, (branch, hidden))
+    if independent:
+        states = jax.tree.map(lambda x: x.reshape(batch, grid.segments, *x.shape[2:]), states)
     else:
-        G = B[..., 1:]
-        read = B[..., None, :, 0]
-        write = G[..., None, -1, :]
-        trans = (B[..., -1, 0],)
-    attn = _matmul(t.q, t.k.swapaxes(-1, -2)) * G
-
-    def chunk(carry, xs):
-        X1, X2 = carry
-        t, G, read, write, trans, P1 = xs
-        k = t.k.astype(dtype)
-        W1, W2 = X1[..., 0, :, :], X2[..., 0, :, :]
-        z = _matmul(k, W1, precision=_HIGHEST)
-        h, slope = gelu_and_slope(z)
-        v = t.v.astype(dtype)
-        if objective == "l2":
-            v = v - k - _matmul(h, W2, precision=_HIGHEST)
-        U2 = t.step[..., None] * v
-        U1 = _matmul(U2, W2.swapaxes(-1, -2), precision=_HIGHEST) * slope
-        # read
-        zq = readw(t.q, read, X1) + _matmul(P1.astype(t.q.dtype), U1.astype(t.q.dtype))
-        hq, _ = gelu_and_slope(zq)
-        hq = hq.astype(t.q.dtype)
-        P2 = _matmul(hq, h.astype(t.q.dtype).swapaxes(-1, -2)) * G
-        o = readw(hq, read, X2) + _matmul(P2.astype(t.q.dtype), U2.astype(t.q.dtype))
-        X1 = writew(X1, k, U1, write, trans)
-        X2 = writew(X2, h, U2, write, trans)
-        return (X1, X2), o.astype(t.q.dtype)
-
-    return jax.lax.scan(chunk, carry, (tokens, G, read, write, trans, attn))
+        states = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), states)
+    return branch, states, _final_state(final, lengths, count, grid, chunk_length, independent), hidden
 
 
-def readw(q, read, X):
-    *_, R, K, E = X.shape
-    q = (q[..., None, :] * read.swapaxes(-1, -2)[..., None].astype(q.dtype))
-    q = q.reshape(*q.shape[:-2], R * K)
-    return _matmul(q, X.reshape(*X.shape[:-3], R * K, E).astype(q.dtype))
+def _lay_out(
+    grid: Grid,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    coefficients: tuple[jax.Array | None, ...],
+    document_ids: jax.Array | None,
+    lengths: jax.Array | None,
+    hidden_bias: jax.Array | None,
+    hidden_gate: jax.Array | None,
+) -> Tokens:
+    """Return the tokens [B, S*N*C, ...], padded, with what is not written masked in their coefficients."""
+    batch, count, heads = q.shape[:3]
+    dtype = state_dtype(q)
+
+    def scalar(coefficient: jax.Array | None, neutral: float) -> jax.Array:
+        if coefficient is None:
+            return jnp.full((batch, grid.tokens, heads), neutral, dtype)
+        return grid.pad(coefficient.astype(dtype))
+
+    retention, momentum, step = map(scalar, coefficients, (1.0, 0.0, 1.0))
+    valid = None
+    if lengths is not None or grid.tokens > count:
+        ends = jnp.full((batch,), count, jnp.int32) if lengths is None else lengths
+        valid = (jnp.arange(grid.tokens, dtype=jnp.int32)[None] < ends[:, None])[..., None]
+        retention, momentum = jnp.where(valid, retention, 1), jnp.where(valid, momentum, 1)
+        step = jnp.where(valid, step, 0)
+    restart = None
+    if document_ids is not None:
+        ids = grid.pad(document_ids)
+        restart = jnp.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)])[..., None]
+        restart = restart if valid is None else restart & valid
+    return Tokens(
+        q=grid.pad(q),
+        k=grid.pad(k),
+        v=grid.pad(v),
+        retention=retention,
+        momentum=momentum,
+        step=step,
+        live=None if valid is None else valid.astype(dtype),
+        restart=restart,
+        hidden_bias=None if hidden_bias is None else grid.pad(hidden_bias),
+        hidden_gate=None if hidden_gate is None else grid.pad(hidden_gate.astype(dtype)),
+    )
 
 
-def writew(X, k, U, write, trans):
-    *_, R, K, E = X.shape
-    k = (k[..., None, :] * write.swapaxes(-1, -2)[..., None])
-    k = k.reshape(*k.shape[:-2], R * K)
-    D = _matmul(k.swapaxes(-1, -2), U, precision=_HIGHEST).reshape(X.shape)
-    if R == 1:
-        return trans[0][..., None, None, None] * X + D
-    b, f, m = (x[..., None, None] for x in trans)
-    W, S = X[..., 0, :, :], X[..., 1, :, :]
-    return jnp.stack([b * W + f * S, m * S], -3) + D
+def _chunks_first(x: jax.Array) -> jax.Array:
+    """Turn [R, N, C, H, ...] into [N, R, H, C, ...]."""
+    return jnp.moveaxis(x, (1, 3), (0, 2))
+
+
+def _chunks_last(x: jax.Array) -> jax.Array:
+    """Undo `_chunks_first`."""
+    return jnp.moveaxis(x, (0, 2), (1, 3))
+
+
+def _run_in_blocks(run, state: OnlineState, chunks: Tokens):
+    """Run all chunks of a segment, keeping for the gradient only the states between blocks of them."""
+    count = chunks.q.shape[0]
+    size = next(size for size in range(min(count, _BLOCK_CHUNKS), 0, -1) if count % size == 0)
+    blocks = jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), chunks)
+    state, outputs = jax.lax.scan(jax.checkpoint(run, prevent_cse=False), state, blocks)
+    return state, jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), outputs)
+
+
+def _final_state(
+    state: OnlineState,
+    lengths: jax.Array | None,
+    count: int,
+    grid: Grid,
+    chunk_length: int,
+    independent: bool,
+) -> OnlineState:
+    """Return the state after each row's last token, out of the state after the last segment or segments."""
+    if lengths is None:
+        batch = state.weights[0].shape[0] // (grid.segments if independent else 1)
+        lengths = jnp.full((batch,), count, jnp.int32)
+    if independent:
+        segment = jnp.maximum(lengths - 1, 0) // grid.segment
+        row = jnp.arange(lengths.shape[0], dtype=jnp.int32) * grid.segments + segment
+        state = jax.tree.map(lambda x: x[row], state)
+    anchor = state.weights
+    if state.anchor is not None:
+        anchor = select_rows(lengths % chunk_length == 0, state.weights, state.anchor)
+    return dataclasses.replace(state, anchor=anchor)

@@ -2,7 +2,10 @@
 
 import jax
 
+from pallas_kernels._state import Weights
 from pallas_kernels.state_read import reference, xla
+
+__all__ = ["gated_state_read"]
 
 _IMPLEMENTATIONS = {
     "reference": reference.gated_state_read,
@@ -11,31 +14,51 @@ _IMPLEMENTATIONS = {
 
 
 def gated_state_read(
-    q: jax.Array, gates: jax.Array, states: jax.Array, *, implementation: str | None = None
+    q: jax.Array,
+    gates: jax.Array,
+    states: Weights,
+    *,
+    segment_length: int | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
-    """sum_n gates[..., n] (q M_n): the read of MC eq. 8 (and 6, 14, 16) over cached matrices.
+    """sum_n gates[..., n] M_n(q): the read of MC eq. 8 (and 6, 14, 16) over cached memories.
+
+    M(q) is q M of a matrix; of an MLP the branch gelu(q W_in) W_out, without its skip term.
 
     Args:
       q: queries [batch, length, heads, key_dim].
       gates: weights [batch, length, heads, states], float32; 0 where a state must not be read.
-      states: cached matrices [batch, states, heads, key_dim, value_dim].
+      states: cached matrices [batch, states, heads, key_dim, value_dim], or of MLPs the pair (w_in [batch,
+        states, heads, key_dim, hidden], w_out [batch, states, heads, hidden, value_dim]).
+      segment_length: a promise that gates[:, t, :, n] is 0 unless n < t // segment_length: much of what is
+        not read is then skipped, and those gates may get a zero gradient. None: no promise.
       implementation: "xla" or "reference"; None picks the best.
 
     Returns:
       [batch, length, heads, value_dim] of q's dtype.
 
     Raises:
-      ValueError: shapes that do not fit together, or an unknown implementation.
+      ValueError: shapes that do not fit together, a segment_length below 1, or an unknown implementation.
     """
     batch, length, heads, key_dim = q.shape
-    if gates.shape[:3] != (batch, length, heads):
+    if gates.ndim != 4 or gates.shape[:3] != (batch, length, heads):
         raise ValueError(f"gates {gates.shape} do not fit q {q.shape}; give [batch, length, heads, states]")
-    if states.shape[:4] != (batch, gates.shape[3], heads, key_dim):
+    leading = (batch, gates.shape[3], heads)
+    if isinstance(states, tuple):
+        w_in, w_out = states
+        if w_in.shape[:-1] != (*leading, key_dim) or w_out.shape[:-1] != (*leading, w_in.shape[-1]):
+            raise ValueError(
+                f"states {w_in.shape}, {w_out.shape} do not fit q {q.shape} and gates {gates.shape}; "
+                "give [batch, states, heads, key_dim, hidden] and [batch, states, heads, hidden, value_dim]"
+            )
+    elif states.shape[:-1] != (*leading, key_dim):
         raise ValueError(
             f"states {states.shape} do not fit q {q.shape} and gates {gates.shape}; "
             "give [batch, states, heads, key_dim, value_dim]"
         )
+    if segment_length is not None and segment_length < 1:
+        raise ValueError(f"segment_length is {segment_length}; give 1 or more, or None")
     name = implementation or "xla"
     if name not in _IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {name!r}; choose from {', '.join(_IMPLEMENTATIONS)}")
-    return _IMPLEMENTATIONS[name](q, gates, states)
+    return _IMPLEMENTATIONS[name](q, gates, states, segment_length=segment_length)

@@ -1,11 +1,22 @@
-"""The dense read in one line: what every other implementation must agree with."""
+"""The dense read as its definition has it: what every other implementation must agree with."""
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._state import Weights, state_dtype
 
-def gated_state_read(q: jax.Array, gates: jax.Array, states: jax.Array) -> jax.Array:
+
+def gated_state_read(
+    q: jax.Array, gates: jax.Array, states: Weights, *, segment_length: int | None
+) -> jax.Array:
     """See `pallas_kernels.state_read.gated_state_read`; shapes as there."""
-    dtype = jnp.float64 if jnp.float64 in (q.dtype, states.dtype) else jnp.float32
-    out = jnp.einsum("bthk,bthn,bnhkv->bthv", q.astype(dtype), gates.astype(dtype), states.astype(dtype))
+    del segment_length  # only says which gates are 0
+    dtype = state_dtype(q)
+    wide_q, gates, states = jax.tree.map(lambda x: x.astype(dtype), (q, gates, states))
+    if isinstance(states, tuple):
+        w_in, w_out = states
+        hidden = jax.nn.gelu(jnp.einsum("bthk,bnhke->bthne", wide_q, w_in), approximate=True)
+        out = jnp.einsum("bthn,bthne,bnhev->bthv", gates, hidden, w_out)
+    else:
+        out = jnp.einsum("bthk,bthn,bnhkv->bthv", wide_q, gates, states)
     return out.astype(q.dtype)

@@ -45,11 +45,13 @@ def gradient_in_numpy(weights, k, v, memory):
 def write_in_numpy(k, v, a, h, m, p, *, memory, initial, fresh, chunk_starts):
     """States after each token, by plain loops."""
     states = []
+    nothing = combine((0,), initial), (0 * k[0], 0 * v[0])
+    weights = anchor = initial
+    momentum, previous = nothing
     for t in range(len(k)):
-        if t == 0 or fresh[t]:
-            weights, previous = initial, (0 * k[0], 0 * v[0])
-            momentum = combine((0,), initial)
-        if t == 0 or chunk_starts[t] or fresh[t]:
+        if fresh[t]:
+            weights, (momentum, previous) = initial, nothing
+        if chunk_starts[t] or fresh[t]:
             anchor = weights
         if memory in ("linear", "swla"):
             weights = a[t] * weights + h[t] * np.outer(k[t], v[t])

@@ -164,7 +164,7 @@ def memory_caching_reference(
         online_states,
         group_states,
         document,
-        top_k,
+        0 if top_k is None else top_k,
         aggregation=aggregation,
         segmentation=segmentation,
         segment_length=segment_length,
@@ -180,7 +180,7 @@ def memory_caching_reference(
 def _write_all(
     written: Written, initial: Weights, starts_afresh: Array, starts_chunk: Array, memory: str
 ) -> Weights:
-    """The state after each token, [B, T, H, ...]; before tokens that `starts_afresh` [B, T] all is forgotten."""
+    """States after each token [B, T, H, ...]; all is forgotten before those that `starts_afresh` [B, T]."""
 
     def write_row(written: Written, initial: Weights, starts_afresh: Array) -> Weights:
         beginning = Online(
@@ -247,7 +247,7 @@ def _read_all(
     online_states: Weights,
     group_states: Weights,
     document: Array,
-    top_k: int | None,
+    top_k: int,
     **settings: Any,
 ) -> tuple[Array, Array]:
     """Outputs [B, T, H, V] and pooled router keys [B, S, H, R]; `router_key` [B, T, H, R]."""
@@ -264,7 +264,7 @@ def _read_row(
     online_states: Weights,
     group_states: Weights,
     document: Array,
-    top_k: Array | None,
+    top_k: int | Array,
     *,
     aggregation: str,
     segmentation: str,
@@ -377,4 +377,4 @@ def _rank(scores: Array, exists: Array) -> Array:
 
 def _number_newer(exists: Array) -> Array:
     """Number of memories that are newer than each one [N]."""
-    return exists[::-1].cumsum()[::-1] - exists.astype(int)
+    return exists.sum() - exists.cumsum()

@@ -37,9 +37,7 @@ def workplace(tmp_path_factory):
     words = "the sea was calm and the wind came from the west; she walked along the shore. "
     (folder / "text.txt").write_text(words * 150)
     (folder / "held.txt").write_text(words * 10)
-    prepare(
-        [folder / "text.txt"], folder / "corpus", held_out=[folder / "held.txt"], tokenizer="bytes"
-    )
+    prepare([folder / "text.txt"], folder / "corpus", held_out=[folder / "held.txt"], tokenizer="bytes")
     (folder / "tiny.py").write_text(RECIPE.format(corpus=str(folder / "corpus")))
     return folder
 
@@ -70,11 +68,16 @@ def test_a_run_killed_half_way_ends_as_one_that_was_not(workplace):
 
     killed = workplace / "runs" / "killed"
     process = subprocess.Popen(
-        _command(workplace, "killed"), env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        _command(workplace, "killed"),
+        env=_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if (killed / "metrics.jsonl").exists() and len((killed / "metrics.jsonl").read_text().split("\n")) > 12:
+        if (killed / "metrics.jsonl").exists() and len(
+            (killed / "metrics.jsonl").read_text().split("\n")
+        ) > 12:
             break
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

@@ -1,6 +1,6 @@
 """What an aggregation is: gates for the online and the cached memories.
 
-Shapes: B batch, T tokens, H heads, N cached states.
+Shapes: B batch, T tokens, H heads, N cached states, k states that a token selects.
 """
 
 import dataclasses
@@ -12,32 +12,59 @@ import jax.numpy as jnp
 
 
 class Gates(NamedTuple):
-    """Weights of the memories in a token's read."""
+    """Weights of the memories in a token's read; H is 1 where all heads read alike."""
 
     online: jax.Array
     """[B, T, H] of the online memory."""
     cached: jax.Array
-    """[B, T, H, N] of the cached states, 0 where a state is not eligible."""
+    """[B, T, H, N] of the cached states, 0 where a state is not read."""
+
+
+class Selection(NamedTuple):
+    """Weights of the few states that a token selects."""
+
+    online: jax.Array
+    """[B, T, H] of the online memory."""
+    cached: jax.Array
+    """[B, T, H, k] of the selected states, 0 where there are fewer eligible ones."""
+    indices: jax.Array
+    """[B, T, H, k], int32: which ones."""
+
+
+class Scores(NamedTuple):
+    """What the router says of a token's memories."""
+
+    cached: jax.Array
+    """[B, T, H, N]."""
+    online: jax.Array
+    """[B, T, H]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Aggregation:
     """One way to read the cache."""
 
-    uses_router: bool
-    """Whether the gates depend on scores; if not, scores and online logit are None."""
-    gates: Callable[[jax.Array | None, jax.Array | None, jax.Array], Gates] | None
-    """(scores [B, T, H, N], online logit [B, T, H], eligible [B, T, N]) -> Gates; None: no cache is read."""
+    gates: Callable[[Scores | None, jax.Array, jax.Array | int | None], Gates] | None
+    """(scores, eligible [B, T, N], top_k) -> Gates; None: no cache is read."""
+    select: Callable[[Scores, jax.Array, int], Selection] | None = None
+    """The same as the few states that are read; None where all are."""
+    uses_router: bool = False
+    """Whether the gates depend on scores; if not, those are None."""
+    uses_top_k: bool = False
+    """Whether the gates depend on top_k; if not, that is None."""
+    mixes_weights: bool = False
+    """Whether the gates weigh the memories' weights, and not what is read from them."""
 
 
-def softmax_gates(scores: jax.Array, online_logit: jax.Array, readable: jax.Array) -> Gates:
+def softmax_gates(scores: Scores, readable: jax.Array) -> Gates:
     """One softmax over the readable cached states and the online memory (MC eq. 19).
 
     Args:
-      scores: [B, T, H, N].
-      online_logit: [B, T, H].
+      scores: of all memories.
       readable: [B, T, H or 1, N], bool.
     """
-    logits = jnp.concatenate([jnp.where(readable, scores, -jnp.inf), online_logit[..., None]], axis=-1)
+    logits = jnp.concatenate(
+        [jnp.where(readable, scores.cached, -jnp.inf), scores.online[..., None]], axis=-1
+    )
     weights = jax.nn.softmax(logits, axis=-1)
     return Gates(online=weights[..., -1], cached=weights[..., :-1])

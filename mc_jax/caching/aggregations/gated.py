@@ -2,11 +2,11 @@
 
 import jax
 
-from mc_jax.caching.aggregations._interface import Aggregation, Gates, softmax_gates
+from mc_jax.caching.aggregations._interface import Aggregation, Gates, Scores, softmax_gates
 
 
-def _gates(scores: jax.Array, online_logit: jax.Array, eligible: jax.Array) -> Gates:
-    return softmax_gates(scores, online_logit, eligible[:, :, None])
+def _gates(scores: Scores, eligible: jax.Array, top_k: None) -> Gates:
+    return softmax_gates(scores, eligible[:, :, None])
 
 
-GATED = Aggregation(uses_router=True, gates=_gates)
+GATED = Aggregation(gates=_gates, uses_router=True)

@@ -2,4 +2,4 @@
 
 from mc_jax.caching.aggregations._interface import Aggregation
 
-NONE = Aggregation(uses_router=False, gates=None)
+NONE = Aggregation(gates=None)

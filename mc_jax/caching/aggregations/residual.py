@@ -6,12 +6,11 @@ import jax.numpy as jnp
 from mc_jax.caching.aggregations._interface import Aggregation, Gates
 
 
-def _gates(scores, online_logit, eligible: jax.Array) -> Gates:
-    # One head's worth, broadcast by the caller's shapes: all heads read alike.
+def _gates(scores: None, eligible: jax.Array, top_k: None) -> Gates:
     return Gates(
-        online=jnp.ones(eligible.shape[:2], jnp.float32)[..., None],
-        cached=eligible.astype(jnp.float32)[:, :, None],
+        online=jnp.ones(eligible.shape[:2], float)[..., None],
+        cached=eligible.astype(float)[:, :, None],
     )
 
 
-RESIDUAL = Aggregation(uses_router=False, gates=_gates)
+RESIDUAL = Aggregation(gates=_gates)

@@ -1,0 +1,102 @@
+"""From the router's scores to what a token reads: one path for the parallel form and for decoding.
+
+Shapes: B batch, T tokens, H heads, N cached states, R router dim.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mc_jax.caching import logarithmic
+from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Scores, Selection
+from mc_jax.caching.settings import Settings
+from mc_jax.memories import Memory
+from pallas_kernels._state import Weights
+
+# From how many cached states a token on, grouping tokens by state beats reading all states with most gates
+# zero: measured (WORKSPACE.md, "Results").
+GROUPED_FROM = 32
+
+
+class Routing(NamedTuple):
+    """What the router needs of each token, [B, T, H, ...], or [B, H, ...] in decoding."""
+
+    u: jax.Array
+    """The router's query [..., H, R]."""
+    keys: jax.Array
+    """What is pooled over a segment [..., H, R]."""
+    online_logit: jax.Array | None
+    """A learned logit for the online memory [..., H]; None: the running mean of `keys` is scored."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """The cached memories of a batch, as they are read."""
+
+    states: Weights
+    """[B, N, H, ...]."""
+    tokens: jax.Array
+    """That a state was written by since its segment's or document's start [B, N], float."""
+    log_retention: jax.Array | None
+    """Sum of log a over those tokens [B, N, H]; None where segments are not merged."""
+
+
+def choose(
+    settings: Settings,
+    scores: Scores | None,
+    eligible: jax.Array,
+    cached: Cached,
+    top_k: jax.Array | None,
+) -> Gates | Selection:
+    """The weights of all memories in each token's read.
+
+    Args:
+      settings: how the cache is read.
+      scores: of the memories; None without a router.
+      eligible: [B, T, N], bool.
+      cached: the cached memories.
+      top_k: scalar that takes the place of the settings', while it is annealed; None: theirs.
+    """
+    aggregation = AGGREGATIONS[settings.aggregation]
+    assert aggregation.gates is not None
+    if settings.segmentation == "logarithmic":
+        assert scores is not None
+        groups = logarithmic.groups(eligible)
+        gates = logarithmic.group_gates(scores, cached.tokens, groups)
+        if settings.segment_init == "checkpoint":
+            return logarithmic.checkpoint_gates(gates, groups, eligible.shape[-1])
+        assert cached.log_retention is not None
+        return logarithmic.merged_gates(gates, groups, cached.log_retention)
+    if aggregation.select is not None and top_k is None and _is_grouped(settings, eligible.shape[-1]):
+        assert scores is not None
+        assert settings.top_k is not None
+        return aggregation.select(scores, eligible, settings.top_k)
+    return aggregation.gates(scores, eligible, settings.top_k if top_k is None else top_k)
+
+
+def combine(
+    memory: Memory, q: jax.Array, online_read: jax.Array, gates: Gates | Selection | None, states: Weights
+) -> jax.Array:
+    """The weighted sum of all queried memories [B, T, H, V] (MC eq. 8), in the dtype of states."""
+    dtype = jax.tree.leaves(states)[0].dtype
+    y = online_read.astype(dtype)
+    if gates is not None:
+        y = gates.online[..., None].astype(dtype) * y
+        cached = jnp.broadcast_to(gates.cached, (*q.shape[:3], gates.cached.shape[-1]))
+        if isinstance(gates, Selection):
+            read = memory.read_selected(q, cached, gates.indices, states)
+        else:
+            read = memory.read(q, cached, states)
+        y = y + read.astype(dtype)
+    skip = memory.skip(q)
+    return y if skip is None else y + skip.astype(dtype)
+
+
+def _is_grouped(settings: Settings, states: int) -> bool:
+    if settings.selected_read is not None:
+        return settings.selected_read == "grouped"
+    assert settings.top_k is not None
+    return states >= GROUPED_FROM * settings.top_k

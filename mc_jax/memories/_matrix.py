@@ -1,0 +1,49 @@
+"""Memories whose state is a matrix M [K, V], read as q M: one op, four rules."""
+
+import dataclasses
+
+import jax
+
+from mc_jax.memories._interface import Coefficients, Layout, MemoryRun
+from pallas_kernels import chunk_memory, gated_state_read, memory_step, routed_state_read
+from pallas_kernels._state import OnlineState, Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixMemory:
+    """A rule of `pallas_kernels.chunk_memory`; see `Memory` for the methods."""
+
+    rule: str
+    coefficients: tuple[str, ...]
+
+    def run(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, coefficients: Coefficients, layout: Layout
+    ) -> MemoryRun:
+        """Write and query all tokens."""
+        return MemoryRun(
+            *chunk_memory(q, k, v, rule=self.rule, **coefficients._asdict(), **layout.arguments())
+        )
+
+    def step(
+        self,
+        state: OnlineState,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        coefficients: Coefficients,
+        chunk_start: jax.Array,
+    ) -> tuple[jax.Array, OnlineState]:
+        """Write and query one token a row."""
+        return memory_step(state, q, k, v, rule=self.rule, **coefficients._asdict(), chunk_start=chunk_start)
+
+    def read(self, q: jax.Array, gates: jax.Array, states: Weights) -> jax.Array:
+        """The gated sum of all states' reads."""
+        return gated_state_read(q, gates, states)
+
+    def read_selected(self, q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
+        """The gated sum of the selected states' reads."""
+        return routed_state_read(q, gates, indices, states)
+
+    def skip(self, q: jax.Array) -> None:
+        """A matrix adds nothing of its own."""
+        return None

@@ -1,0 +1,110 @@
+"""Memories whose state is an MLP: M(x) = x + gelu(x W_in) W_out, written by gradients (MC eq. 30, 34)."""
+
+import dataclasses
+
+import jax
+
+from mc_jax.memories._interface import Coefficients, Layout, MemoryRun
+from pallas_kernels import deep_memory, deep_memory_step, gated_state_read, routed_state_read
+from pallas_kernels._state import OnlineState, Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpMemory:
+    """An objective of `pallas_kernels.deep_memory`; see `Memory` and `MixableMemory` for the methods."""
+
+    objective: str
+    coefficients: tuple[str, ...]
+
+    def run(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, coefficients: Coefficients, layout: Layout
+    ) -> MemoryRun:
+        """Write and query all tokens; reads are those of the branch."""
+        branch, states, final = deep_memory(
+            q, k, v, objective=self.objective, **coefficients._asdict(), **layout.arguments()
+        )
+        return MemoryRun(branch, states, final)
+
+    def step(
+        self,
+        state: OnlineState,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        coefficients: Coefficients,
+        chunk_start: jax.Array,
+    ) -> tuple[jax.Array, OnlineState]:
+        """Write and query one token a row."""
+        return deep_memory_step(
+            state, q, k, v, objective=self.objective, **coefficients._asdict(), chunk_start=chunk_start
+        )
+
+    def read(self, q: jax.Array, gates: jax.Array, states: Weights) -> jax.Array:
+        """The gated sum of all states' branches."""
+        return gated_state_read(q, gates, states)
+
+    def read_selected(self, q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
+        """The gated sum of the selected states' branches."""
+        return routed_state_read(q, gates, indices, states)
+
+    def skip(self, q: jax.Array) -> jax.Array:
+        """M(q) = q + branch."""
+        return q
+
+    def run_mixed(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        coefficients: Coefficients,
+        layout: Layout,
+        online_gate: jax.Array,
+        gates: jax.Array,
+        states: Weights,
+    ) -> jax.Array:
+        """Mix layer by layer, so that no weights are built per token (MC eq. 14-15).
+
+        hidden = gelu(sum_i g_i q W_in^i), then sum_i g_i hidden W_out^i. The tokens are written a second
+        time: the first time gave the states that are mixed in here.
+        """
+        w_in, w_out = states
+        cached = gated_state_read(q, gates, w_in)
+        branch, _, _, hidden = deep_memory(
+            q,
+            k,
+            v,
+            objective=self.objective,
+            hidden_bias=cached,
+            hidden_gate=online_gate,
+            **coefficients._asdict(),
+            **layout.arguments(),
+        )
+        return branch + gated_state_read(hidden, gates, w_out)
+
+    def step_mixed(
+        self,
+        state: OnlineState,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        coefficients: Coefficients,
+        chunk_start: jax.Array,
+        online_gate: jax.Array,
+        gates: jax.Array,
+        states: Weights,
+    ) -> tuple[jax.Array, OnlineState]:
+        """The same for one token a row."""
+        w_in, w_out = states
+        cached = gated_state_read(q[:, None], gates[:, None], w_in)[:, 0]
+        branch, state, hidden = deep_memory_step(
+            state,
+            q,
+            k,
+            v,
+            objective=self.objective,
+            hidden_bias=cached,
+            hidden_gate=online_gate,
+            **coefficients._asdict(),
+            chunk_start=chunk_start,
+        )
+        return branch + gated_state_read(hidden[:, None], gates[:, None], w_out)[:, 0], state

@@ -1,0 +1,149 @@
+"""The recurrence of an MLP memory: writes by gradients, online reads and the state after every segment.
+
+B batch, T tokens, S segments, H heads, K key dim, V value dim (K = V), E hidden dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._state import OnlineState
+from pallas_kernels.deep_memory import reference, xla
+from pallas_kernels.deep_memory.step import check_objective, deep_memory_step
+
+__all__ = ["deep_memory", "deep_memory_step"]
+
+_IMPLEMENTATIONS = {"reference": reference.deep_memory, "xla": xla.deep_memory}
+_SEGMENT_INITS = ("checkpoint", "independent")
+
+
+def deep_memory(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    objective: str,
+    retention: jax.Array | None = None,
+    momentum: jax.Array | None = None,
+    step: jax.Array | None = None,
+    previous_step: jax.Array | None = None,
+    segment_length: int,
+    segment_init: str = "checkpoint",
+    initial_state: tuple[jax.Array, jax.Array] | None,
+    chunk_length: int = 64,
+    document_ids: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+    hidden_bias: jax.Array | None = None,
+    hidden_gate: jax.Array | None = None,
+    implementation: str | None = None,
+) -> (
+    tuple[jax.Array, tuple[jax.Array, jax.Array], OnlineState]
+    | tuple[jax.Array, tuple[jax.Array, jax.Array], OnlineState, jax.Array]
+):
+    """Write T tokens to an MLP memory per head, and read it after every token and every segment.
+
+    The memory is M(x) = x + gelu(x W_in) W_out, gelu by its tanh approximation. With a retention, h step,
+    m momentum, the gradient taken at the weights that the token's chunk starts from:
+      dot  W_t = a W_{t-1} - h grad[-<M(k_t), v_t>] (MC eq. 30, ATLAS eq. 19)
+      l2   S_t = m S_{t-1} - h grad[1/2 ||M(k_t) - v_t||^2], W_t = a W_{t-1} + S_t (Titans eq. 13-14)
+    Weights, coefficients and writes are kept and computed in float32 (float64 if q is); reads are products in
+    q's dtype, accumulated in float32.
+
+    Args:
+      q: queries [B, T, H, K].
+      k: keys [B, T, H, K]; of length 1 or so, or the recurrence may grow without bound.
+      v: values [B, T, H, V], V = K.
+      objective: "dot" or "l2".
+      retention: a [B, T, H] in [0, 1]; None is 1.
+      momentum: m [B, T, H] in [0, 1); None is 0. Only "l2".
+      step: h [B, T, H]; None is 1.
+      previous_step: always None; here because every memory is called alike.
+      segment_length: tokens of a segment; S = ceil(T / segment_length), the last one may be short.
+      segment_init: "checkpoint", a segment goes on from the last one's weights and momentum; "independent",
+        every segment starts from the initial weights, without momentum.
+      initial_state: (W_in [H, K, E], W_out [H, E, V]), either with a leading B too. All-zero weights have
+        zero gradients for ever.
+      chunk_length: tokens whose gradients are taken at the same weights; divides segment_length.
+      document_ids: [B, T] integers that do not decrease along a row: where they change, the memory starts
+        anew from the initial weights. Documents must start at multiples of chunk_length within a segment.
+      lengths: [B] integers, tokens of each row that are written; reads after them are finite but mean
+        nothing. None: all.
+      hidden_bias: [B, T, H, E], hidden units of other weights mixed in (MC eq. 14-15); None is 0.
+      hidden_gate: [B, T, H], the share of this memory in that mixture; None is 1.
+      implementation: "xla", "reference"; None picks the best.
+
+    Returns:
+      The branch gelu(q_t W_in,t) W_out,t without the skip q_t, [B, T, H, V] in q's dtype; the weights after
+      each segment ([B, S, H, K, E], [B, S, H, E, V]); the state right after each row's last token, with which
+      `deep_memory_step` goes on. With hidden_bias or hidden_gate there is a fourth, the hidden units
+      gelu(hidden_gate q_t W_in,t + hidden_bias) [B, T, H, E] in q's dtype, and the branch is
+      hidden_gate hidden W_out,t.
+
+    Raises:
+      ValueError: if shapes, names or lengths do not fit, or the objective has no use for a coefficient.
+    """
+    check_objective(objective, momentum, previous_step)
+    if segment_init not in _SEGMENT_INITS:
+        raise ValueError(f"segment_init is {segment_init!r}; choose one of {', '.join(_SEGMENT_INITS)}")
+    if implementation not in (None, *_IMPLEMENTATIONS):
+        names = ", ".join(_IMPLEMENTATIONS)
+        raise ValueError(f"implementation is {implementation!r}; choose one of {names}, or None for the best")
+    if segment_length < 1 or chunk_length < 1 or segment_length % chunk_length:
+        raise ValueError(
+            f"chunk_length {chunk_length} does not divide segment_length {segment_length}; "
+            "choose a positive chunk_length that does"
+        )
+    if not isinstance(initial_state, tuple):
+        raise ValueError(
+            "initial_state is not a pair; pass (w_in [heads, key_dim, hidden], w_out [heads, hidden, value_dim])"
+        )
+    _check_shapes(
+        q,
+        initial_state,
+        {
+            "k": (k, ("T", "H", "K")),
+            "v": (v, ("T", "H", "K")),
+            "retention": (retention, ("T", "H")),
+            "momentum": (momentum, ("T", "H")),
+            "step": (step, ("T", "H")),
+            "document_ids": (document_ids, ("T",)),
+            "lengths": (lengths, ()),
+            "hidden_bias": (hidden_bias, ("T", "H", "E")),
+            "hidden_gate": (hidden_gate, ("T", "H")),
+        },
+    )
+    branch, states, final, hidden = _IMPLEMENTATIONS[implementation or "xla"](
+        q,
+        k,
+        v,
+        objective=objective,
+        retention=retention,
+        momentum=momentum,
+        step=step,
+        segment_length=segment_length,
+        segment_init=segment_init,
+        initial_state=initial_state,
+        chunk_length=chunk_length,
+        document_ids=document_ids,
+        lengths=None if lengths is None else lengths.astype(jnp.int32),
+        hidden_bias=hidden_bias,
+        hidden_gate=hidden_gate,
+    )
+    return (branch, states, final) if hidden is None else (branch, states, final, hidden)
+
+
+def _check_shapes(q, initial_state, expected) -> None:
+    if q.ndim != 4 or q.shape[1] == 0:
+        raise ValueError(f"q has shape {q.shape}; pass [batch, length, heads, key_dim] with length 1 or more")
+    batch, tokens, heads, key_dim = q.shape
+    hidden = initial_state[0].shape[-1]
+    for name, x, shape in (
+        ("initial_state's w_in", initial_state[0], (heads, key_dim, hidden)),
+        ("initial_state's w_out", initial_state[1], (heads, hidden, key_dim)),
+    ):
+        if x.shape not in (shape, (batch, *shape)):
+            raise ValueError(f"{name} has shape {x.shape}, but q {q.shape} needs {shape}, or a batch before it")
+    sizes = {"T": tokens, "H": heads, "K": key_dim, "E": hidden}
+    for name, (x, axes) in expected.items():
+        shape = (batch, *(sizes[axis] for axis in axes))
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} has shape {x.shape}, but q {q.shape} and initial_state need {shape}")
