@@ -1,8 +1,9 @@
 """The operations: one folder each, which picks an implementation; they import nothing of mc_jax."""
 
 from pallas_kernels.chunk_memory import chunk_memory, memory_step
+from pallas_kernels.deep_memory import deep_memory, deep_memory_step
 from pallas_kernels.state_read import gated_state_read
 
-deep_memory_step = routed_state_read = None
+routed_state_read = None
 
-__all__ = ["chunk_memory", "gated_state_read", "memory_step"]
+__all__ = ["chunk_memory", "deep_memory", "deep_memory_step", "gated_state_read", "memory_step"]

@@ -10,7 +10,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 4)
-# Tests compile hundreds of small programs once each: half of the time saved here is worth more than their speed.
+# Tests compile hundreds of small programs and run each a few times: half the time of compiling is saved.
 jax.config.update("jax_disable_most_optimizations", True)
 
 

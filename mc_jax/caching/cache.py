@@ -129,6 +129,7 @@ def append_token(cache: Cache, online: OnlineState, segment: Segment) -> Cache:
         new = Cached(online.weights, tokens, segment.log_retention)
         cached = jax.tree.map(put, cached, new)
         if pooled is not None:
+            assert segment.key_sum is not None
             mean = segment.key_sum / jnp.maximum(segment.key_count, 1)[..., None, None]
             pooled = jax.tree.map(put, pooled, Pooled(mean, segment.key_count))
     segment = select_rows(completed, jax.tree.map(jnp.zeros_like, segment), segment)

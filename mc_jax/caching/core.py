@@ -179,12 +179,12 @@ def forward(
     if AGGREGATIONS[settings.aggregation].gates is not None:
         eligible = segments.eligible(document_ids, batch, length, settings.segment_length)
         gates = choose(settings, scores, eligible, cached, top_k)
-    if _mixes_weights(settings, memory):
-        online_gate, cached_gates = _dense(gates)
-        mixed = memory.run_mixed(q, k, v, coefficients, layout, online_gate, cached_gates, run.segment_states)
-        y = mixed.astype(dtype) + memory.skip(q).astype(dtype)
-    else:
+    mixable = _mixable(settings, memory)
+    if mixable is None:
         y = combine(memory, q, run.reads, gates, run.segment_states)
+    else:
+        assert isinstance(gates, Gates)
+        y = mixable.run_mixed(q, k, v, coefficients, layout, *gates, run.segment_states)
     if lengths is None:
         lengths = jnp.full((batch,), length, jnp.int32)
     if document_ids is None:
@@ -244,19 +244,18 @@ def decode(
         scores = Scores(router.score(routing.u[:, None], cache.pooled), online_logit[:, None])
     gates = None
     if AGGREGATIONS[settings.aggregation].gates is not None:
-        eligible = jnp.arange(cache.capacity)[None] < cache.count[:, None]
+        eligible = jnp.arange(cache.capacity, dtype=jnp.int32)[None] < cache.count[:, None]
         gates = choose(settings, scores, eligible[:, None], cache.cached, None)
     chunk_start = cache.length % settings.chunk_length == 0
     states = cache.cached.states
-    if _mixes_weights(settings, memory):
-        online_gate, cached_gates = _dense(gates)
-        mixed, online = memory.step_mixed(
-            cache.online, q, k, v, coefficients, chunk_start, online_gate[:, 0], cached_gates[:, 0], states
-        )
-        y = mixed.astype(dtype) + memory.skip(q).astype(dtype)
-    else:
+    mixable = _mixable(settings, memory)
+    if mixable is None:
         read, online = memory.step(cache.online, q, k, v, coefficients, chunk_start)
         y = combine(memory, q[:, None], read[:, None], gates, states)[:, 0]
+    else:
+        assert isinstance(gates, Gates)
+        weights = jax.tree.map(lambda x: x[:, 0], tuple(gates))
+        y, online = mixable.step_mixed(cache.online, q, k, v, coefficients, chunk_start, *weights, states)
     if gates is not None:
         y = jnp.where((cache.count > cache.capacity)[:, None, None], jnp.nan, y)
     return y.astype(v.dtype), append_token(cache, online, segment)
@@ -271,13 +270,10 @@ def _memory(settings: Settings, coefficients: Coefficients, weights: Weights | N
     return memory
 
 
-def _mixes_weights(settings: Settings, memory: Memory) -> bool:
-    return AGGREGATIONS[settings.aggregation].mixes_weights and isinstance(memory, MixableMemory)
-
-
-def _dense(gates: Gates | Selection | None) -> Gates:
-    assert isinstance(gates, Gates)
-    return gates
+def _mixable(settings: Settings, memory: Memory) -> MixableMemory | None:
+    """The memory, where the aggregation mixes weights and that is not the same as mixing reads."""
+    mixes = AGGREGATIONS[settings.aggregation].mixes_weights
+    return memory if mixes and isinstance(memory, MixableMemory) else None
 
 
 def _log_retention(settings, coefficients: Coefficients, shape, dtype) -> jax.Array | None:

@@ -29,7 +29,7 @@ class Groups(NamedTuple):
 def groups(eligible: jax.Array) -> Groups:
     """Group the eligible segments [B, T, S] of each token, which are neighbours, by their number's digits."""
     segments = eligible.shape[-1]
-    levels = jnp.arange(max(1, segments.bit_length()))[None, None]
+    levels = jnp.arange(max(1, segments.bit_length()), dtype=jnp.int32)[None, None]
     number = jnp.sum(eligible, axis=-1, dtype=jnp.int32)[..., None]
     first = jnp.argmax(eligible, axis=-1).astype(jnp.int32)[..., None]
     start = first + ((number >> (levels + 1)) << (levels + 1))
@@ -83,7 +83,7 @@ def merged_gates(gates: Gates, groups: Groups, log_retention: jax.Array) -> Gate
     """
     segments = log_retention.shape[1]
     total = jnp.cumsum(log_retention, axis=1).swapaxes(1, 2)[:, None]  # [B, 1, H, S], through s's end
-    position = jnp.arange(segments)[None, None]
+    position = jnp.arange(segments, dtype=jnp.int32)[None, None]
     cached = jnp.zeros((*gates.cached.shape[:3], segments), gates.cached.dtype)
     for level in range(gates.cached.shape[-1]):
         start, end = groups.start[..., level, None], groups.end[..., level, None]  # [B, T, 1]

@@ -45,7 +45,9 @@ def cache_after(
         cached = jax.tree.map(lambda x: x[:, :0], cached)  # nothing will read them
     # Only completed segments of the last document may be read: they move to the front.
     owners = segments.segment_documents(document_ids, settings.segment_length)
-    completed = jnp.arange(owners.shape[1])[None] < (lengths // settings.segment_length)[:, None]
+    completed = (
+        jnp.arange(owners.shape[1], dtype=jnp.int32)[None] < (lengths // settings.segment_length)[:, None]
+    )
     mine = (owners == last) & completed
     order = jnp.argsort(~mine, axis=1, stable=True)
 
@@ -57,7 +59,7 @@ def cache_after(
     cached, pooled = jax.tree.map(reorder, (cached, pooled))
     if settings.segment_init == "independent":
         online = select_rows(lengths % settings.segment_length == 0, restart(online, initial), online)
-    position = jnp.arange(document_ids.shape[1])
+    position = jnp.arange(document_ids.shape[1], dtype=jnp.int32)
     current = (
         (position[None] // settings.segment_length == (lengths // settings.segment_length)[:, None])
         & (position[None] < lengths[:, None])

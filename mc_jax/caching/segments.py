@@ -29,7 +29,8 @@ def normalize_documents(document_ids: jax.Array) -> jax.Array:
 def segment_documents(document_ids: jax.Array, segment_length: int) -> jax.Array:
     """The document a segment's cached state belongs to: that of its last token [batch, segments]."""
     length = document_ids.shape[1]
-    ends = jnp.arange(num_segments(length, segment_length)) * segment_length + segment_length - 1
+    segments = jnp.arange(num_segments(length, segment_length), dtype=jnp.int32)
+    ends = segments * segment_length + segment_length - 1
     return document_ids[:, jnp.minimum(ends, length - 1)]
 
 
@@ -49,8 +50,8 @@ def owned(document_ids: jax.Array | None, batch: int, length: int, segment_lengt
 
 def eligible(document_ids: jax.Array | None, batch: int, length: int, segment_length: int) -> jax.Array:
     """Which segments a token may read [batch, length, segments], bool: completed ones of its document."""
-    own_segment = jnp.arange(length) // segment_length
-    segments = jnp.arange(num_segments(length, segment_length))
+    own_segment = jnp.arange(length, dtype=jnp.int32) // segment_length
+    segments = jnp.arange(num_segments(length, segment_length), dtype=jnp.int32)
     completed = jnp.broadcast_to(
         (segments[None, :] < own_segment[:, None])[None], (batch, length, segments.size)
     )

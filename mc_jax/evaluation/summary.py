@@ -1,6 +1,7 @@
 """What is made at a run's end: the held-out result, a sample, a picture of the router, the report."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -67,7 +68,7 @@ def router_picture(run: Run) -> RouterPicture | None:
     if run.dataset.held_out is None or not AGGREGATIONS[run.config.model.aggregation].uses_router:
         return None
     tokens = run.dataset.held_out.document(0)[: run.config.data.context_length]
-    gates = run.model.read_gates(tokens.astype(np.int32)[None])
+    gates = run.model.read_gates(jnp.asarray(tokens, jnp.int32)[None])
     assert gates is not None
     shares = np.concatenate([np.asarray(gates.cached), np.asarray(gates.online)[..., None]], axis=-1)
     return RouterPicture(

@@ -79,7 +79,7 @@ class MlpMemory:
             **coefficients._asdict(),
             **layout.arguments(),
         )
-        return branch + gated_state_read(hidden, gates, w_out)
+        return q + branch + gated_state_read(hidden, gates, w_out)
 
     def step_mixed(
         self,
@@ -107,4 +107,4 @@ class MlpMemory:
             **coefficients._asdict(),
             chunk_start=chunk_start,
         )
-        return branch + gated_state_read(hidden[:, None], gates[:, None], w_out)[:, 0], state
+        return q + branch + gated_state_read(hidden[:, None], gates[:, None], w_out)[:, 0], state

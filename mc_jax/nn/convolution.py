@@ -32,7 +32,7 @@ class ShortConvolution(nnx.Module):
 
     def tail(self, x: jax.Array, lengths: jax.Array, document_ids: jax.Array | None = None) -> jax.Array:
         """The last W - 1 inputs of each row [B, W - 1, D], oldest first, zeros before its document."""
-        positions = lengths[:, None] - jnp.arange(self.taps.shape[0] - 1, 0, -1)[None]
+        positions = lengths[:, None] - jnp.arange(self.taps.shape[0] - 1, 0, -1, dtype=jnp.int32)[None]
         inside = jnp.maximum(positions, 0)
         valid = positions >= 0
         if document_ids is not None:

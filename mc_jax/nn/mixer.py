@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, D model dim, H heads, K head dim (key, value and rout
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from mc_jax.memories import MEMORIES, Coefficients
 from mc_jax.nn.convolution import ShortConvolution
 from mc_jax.nn.norm import RMSNorm
 
-type Dtype = jnp.dtype
+type Dtype = Any
+"""What jax.numpy takes as a dtype."""
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +102,9 @@ class MemoryCaching(nnx.Module):
         """Mix tokens x [B, T, D]; packed documents [B, T] do not see each other."""
         return self.apply(x, document_ids)[0]
 
-    def apply(self, x: jax.Array, document_ids: jax.Array | None = None) -> tuple[jax.Array, Gates | Selection | None]:
+    def apply(
+        self, x: jax.Array, document_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, Gates | Selection | None]:
         """As a call, with the weights of the memories that each token read."""
         qkv = self.convolution(self._qkv(x), document_ids)
         output = self._forward(x, qkv, document_ids, None)

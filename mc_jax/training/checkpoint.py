@@ -1,6 +1,6 @@
 """Checkpoints of the training state, by Orbax: written beside the training, whole or not at all."""
 
-from typing import Self
+from typing import Any, Self
 
 import jax
 from etils import epath
@@ -22,10 +22,13 @@ class Checkpoints:
           every: steps between saves.
           keep: how many of the newest stay; None: all.
         """
+        # Orbax's policies do not match its own protocols, so they go untyped.
+        save: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(every)
+        preserve: Any = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
             run_dir / CHECKPOINTS_FOLDER,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            save_decision_policy=save,
+            preservation_policy=preserve,
             cleanup_tmp_directories=True,
         )
 
@@ -39,7 +42,8 @@ class Checkpoints:
         """Begin to save if `step` is one of those that are kept, or if it must be."""
         if force and step in {checkpoint.step for checkpoint in self._checkpointer.checkpoints}:
             return
-        self._checkpointer.save_async(step, state._asdict(), force=force)
+        tree: Any = state._asdict()
+        self._checkpointer.save_async(step, tree, force=force)
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step; None where there is none."""
@@ -48,7 +52,8 @@ class Checkpoints:
 
     def load(self, step: int, like: TrainState) -> TrainState:
         """The state of `step`, with the structure, dtypes and shardings of `like`."""
-        abstract = jax.tree.map(
+        abstract: Any = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
         )
-        return TrainState(**self._checkpointer.load(step, abstract))
+        tree: Any = self._checkpointer.load(step, abstract)
+        return TrainState(**tree)

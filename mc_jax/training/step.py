@@ -3,7 +3,7 @@
 Shapes: A parts of a batch, B rows of a part, T tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 type Parameters = dict[str, Any]
-type Batch = dict[str, jax.Array]
+type Batch = Mapping[str, jax.typing.ArrayLike]
 """inputs, targets, document_ids: [rows, T] int32; loss_mask [rows, T] float32."""
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels._state import OnlineState
 from pallas_kernels.chunk_memory._chunks import Tokens, product, scaled
 from pallas_kernels.chunk_memory._decay import decay_matrix
+from pallas_kernels.chunk_memory._triangular import solve_unit_lower
 
 
 def delta_segment(state: OnlineState, tokens: Tokens, initial: jax.Array) -> tuple[OnlineState, jax.Array]:
@@ -41,7 +42,7 @@ def delta_segment(state: OnlineState, tokens: Tokens, initial: jax.Array) -> tup
 
     system = products * jnp.einsum("rnhck,rnhdk->rnhcd", k, k, precision="highest")
     sides = jnp.concatenate([scaled(k, enter), v], axis=-1)
-    solved = _solve(scaled(system, tokens.write), scaled(sides, tokens.write))
+    solved = solve_unit_lower(scaled(system, tokens.write), scaled(sides, tokens.write))
     through = None if enter is None else enter[..., -1]
     inputs = (solved[..., :key_dim], solved[..., key_dim:], scaled(k, products[..., -1, :]), through, carried)
 
@@ -62,8 +63,3 @@ def delta_segment(state: OnlineState, tokens: Tokens, initial: jax.Array) -> tup
     if renew is not None:
         reads = reads + product("rnhck,rhkv->rnhcv", scaled(tokens.q, renew), initial, tokens.q)
     return OnlineState(weights=weights), reads
-
-
-def _solve(system: jax.Array, sides: jax.Array) -> jax.Array:
-    """Return x [..., C, D] of (I + strict_tril(system [..., C, C])) x = sides."""
-    return jax.lax.linalg.triangular_solve(system, sides, left_side=True, lower=True, unit_diagonal=True)

@@ -37,8 +37,8 @@ def _pieces(tokens: int, states: int, segment_length: int | None) -> list[tuple[
         return [(0, tokens, states)]
     segments = -(-tokens // segment_length)
     length = -(-segments // _PIECES) * segment_length
-    starts = range(0, tokens, length)
-    return [(i, min(i + length, tokens), min((i + length) // segment_length - 1, states)) for i in starts]
+    pieces = [(start, min(start + length, tokens)) for start in range(0, tokens, length)]
+    return [(start, stop, min((stop - 1) // segment_length, states)) for start, stop in pieces]
 
 
 def _read_token(q, gates, states):

@@ -120,26 +120,10 @@ def test_parameter_names_are_fixed_because_checkpoints_know_them():
         ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
         for path, _ in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(_model())))
     }
-    mixer = {
-        f"blocks.mixer.{name}"
-        for name in [
-            "query.kernel",
-            "key.kernel",
-            "value.kernel",
-            "convolution.taps",
-            "retention.log_rate",
-            "retention.map.kernel",
-            "retention.map.bias",
-            "step_size.map.kernel",
-            "step_size.map.bias",
-            "router_query.kernel",
-            "router_key.kernel",
-            "online_logit.kernel",
-            "norm.scale",
-            "output_gate.kernel",
-            "output.kernel",
-        ]
-    }
+    mixer = """query.kernel key.kernel value.kernel convolution.taps retention.log_rate
+        retention.map.kernel retention.map.bias step_size.map.kernel step_size.map.bias router_query.kernel
+        router_key.kernel online_logit.kernel norm.scale output_gate.kernel output.kernel"""
+    mixer = {f"blocks.mixer.{name}" for name in mixer.split()}
     rest = "blocks.mixer_norm.scale blocks.mlp_norm.scale blocks.mlp.gate.kernel blocks.mlp.input.kernel "
     rest += "blocks.mlp.output.kernel norm.scale embedding"
     assert names == mixer | set(rest.split())

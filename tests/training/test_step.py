@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -115,4 +116,4 @@ def test_learning_rate_warms_up_and_ends_where_it_should(step, expected):
 
 def test_learning_rate_falls_after_the_warm_up():
     rates = [learning_rate(CONFIG.training, step) for step in range(5, 31)]
-    assert all(later < earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates))

@@ -44,8 +44,8 @@ class Scores(NamedTuple):
 class Aggregation:
     """One way to read the cache."""
 
-    gates: Callable[[Scores | None, jax.Array, jax.Array | int | None], Gates] | None
-    """(scores, eligible [B, T, N], top_k) -> Gates; None: no cache is read."""
+    gates: Callable[..., Gates] | None
+    """(Scores or None, eligible [B, T, N], top_k or None) -> Gates; None: no cache is read."""
     select: Callable[[Scores, jax.Array, int], Selection] | None = None
     """The same as the few states that are read; None where all are."""
     uses_router: bool = False

@@ -1,0 +1,192 @@
+"""The functional core against the token-by-token reference of MATH.md, values and gradients in float64."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.mc_reference import memory_caching_reference
+
+from mc_jax.caching import memory_caching
+
+SEGMENT, CHUNK = 8, 4
+HEADS, KEY, VALUE, ROUTER, HIDDEN = 2, 3, 2, 3, 5
+USED = {
+    "linear": ("retention", "step"),
+    "swla": ("retention", "step", "previous_step"),
+    "delta": ("retention", "step"),
+    "dla": ("retention", "step"),
+    "titans": ("retention", "step", "momentum"),
+}
+AGGREGATIONS = {
+    "none": {},
+    "residual": {},
+    "gated": {},
+    "soup": {},
+    "sparse": {"top_k": 2},
+    "average": {"top_k": 2},
+}
+WITH_ROUTER = ("gated", "soup", "sparse")
+
+
+def arguments(memory, mlp, aggregation, *, length=21, documents=False, router="inputs", dtype=jnp.float64):
+    """Random arguments of the functional core: dict of arrays, by name."""
+    keys = iter(jax.random.split(jax.random.key(7), 16))
+    value = KEY if mlp else VALUE
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape, dtype)
+
+    def unit(x):
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    tokens = (2, length, HEADS)
+    scalars = {
+        "retention": jax.nn.sigmoid(2 + normal(*tokens)),
+        "step": jax.nn.sigmoid(normal(*tokens)) * (0.3 if mlp else 1.0),
+        "previous_step": jax.nn.sigmoid(normal(*tokens)),
+        "momentum": jax.nn.sigmoid(normal(*tokens)),
+    }
+    found = {
+        "q": unit(normal(*tokens, KEY)),
+        "k": unit(normal(*tokens, KEY)),
+        "v": normal(*tokens, value),
+        **{name: scalars[name] for name in USED[memory]},
+        "initial_state": (normal(HEADS, KEY, HIDDEN), normal(HEADS, HIDDEN, value))
+        if mlp
+        else normal(HEADS, KEY, value),
+    }
+    if aggregation in WITH_ROUTER:
+        found["u"] = 3 * normal(*tokens, ROUTER)
+        if router == "inputs":
+            found["router_keys"] = normal(*tokens, ROUTER)
+            found["online_logit"] = normal(*tokens)
+    if documents:
+        # One starts at a chunk's start inside a segment, one at a segment's start, one ends with the row.
+        starts = jnp.array([[4, 16, 20], [8, 12, 16]])
+        found["document_ids"] = jnp.sum(jnp.arange(length)[None, :, None] >= starts[:, None], axis=-1)
+    return found
+
+
+def compare(settings, found, tolerance=1e-9, gradient_tolerance=1e-7):
+    """Assert that core and reference agree on these arguments: reads, cached states, all gradients."""
+    fixed = {name: value for name, value in found.items() if name == "document_ids"}
+    moving = {name: value for name, value in found.items() if name != "document_ids"}
+    y_like = found["v"]
+    weights = jax.random.normal(jax.random.key(1), y_like.shape, y_like.dtype)
+
+    @jax.jit
+    def ours(moving):
+        y, cache = memory_caching(**moving, **fixed, **settings)
+        return jnp.sum(jnp.sin(y) * weights), (y, cache)
+
+    def theirs(moving):
+        u = moving.get("u", jnp.zeros((*y_like.shape[:3], ROUTER), y_like.dtype))
+        rest = {name: value for name, value in moving.items() if name not in ("q", "k", "v", "u")}
+        y, states, pooled = memory_caching_reference(
+            moving["q"], moving["k"], moving["v"], u, **rest, **fixed, **settings
+        )
+        return jnp.sum(jnp.sin(y) * weights), (y, states, pooled)
+
+    (_, (y, cache)), gradients = jax.value_and_grad(ours, has_aux=True)(moving)
+    (_, (expected, states, _)), expected_gradients = jax.value_and_grad(theirs, has_aux=True)(moving)
+    assert error(y, expected) <= tolerance, "reads differ"
+    if settings["aggregation"] != "none" and not fixed:
+        count = y.shape[1] // settings["segment_length"]
+        for got, right in zip(jax.tree.leaves(cache.cached.states), jax.tree.leaves(states), strict=True):
+            assert error(got[:, :count], right[:, :count]) <= tolerance, "cached states differ"
+    for name in moving:
+        for got, right in zip(
+            jax.tree.leaves(gradients[name]), jax.tree.leaves(expected_gradients[name]), strict=True
+        ):
+            assert error(got, right) <= gradient_tolerance, f"the gradient of {name} differs"
+
+
+def error(got, expected):
+    """Relative to the largest expected number; 0 where both are empty."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    assert np.all(np.isfinite(got))
+    if not got.size:
+        return 0.0
+    return np.max(np.abs(got - expected)) / max(np.max(np.abs(expected)), 1e-3)
+
+
+MEMORIES = [
+    ("linear", False),
+    ("swla", False),
+    ("delta", False),
+    ("titans", False),
+    ("dla", True),
+    ("titans", True),
+]
+NAMES = ["linear", "swla", "delta", "titans", "dla-mlp", "titans-mlp"]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("segment_init", ["checkpoint", "independent"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(("memory", "mlp"), MEMORIES, ids=NAMES)
+def test_every_memory_and_aggregation_agrees_with_the_reference(memory, mlp, aggregation, segment_init):
+    settings = {
+        "memory": memory,
+        "aggregation": aggregation,
+        "segment_length": SEGMENT,
+        "chunk_length": CHUNK,
+        "segment_init": segment_init,
+        **AGGREGATIONS[aggregation],
+    }
+    compare(settings, arguments(memory, mlp, aggregation))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("segment_init", ["checkpoint", "independent"])
+@pytest.mark.parametrize(("memory", "mlp"), MEMORIES, ids=NAMES)
+def test_packed_documents_agree_with_the_reference(memory, mlp, segment_init):
+    settings = {
+        "memory": memory,
+        "aggregation": "gated",
+        "segment_length": SEGMENT,
+        "chunk_length": CHUNK,
+        "segment_init": segment_init,
+    }
+    compare(settings, arguments(memory, mlp, "gated", length=29, documents=True))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("router", "settings"),
+    [
+        ("keys", {"aggregation": "gated"}),
+        ("keys", {"aggregation": "sparse", "top_k": 1}),
+        ("inputs", {"aggregation": "gated", "router_blocks": 4}),
+        ("keys", {"aggregation": "sparse", "top_k": 2, "router_blocks": 2}),
+        ("inputs", {"aggregation": "gated", "segmentation": "logarithmic"}),
+        ("inputs", {"aggregation": "gated", "segmentation": "logarithmic", "segment_init": "independent"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+@pytest.mark.parametrize("documents", [False, True], ids=["one-document", "packed"])
+def test_every_router_form_agrees_with_the_reference(router, settings, documents):
+    settings = {"memory": "linear", "segment_length": SEGMENT, "chunk_length": CHUNK, **settings}
+    found = arguments("linear", False, settings["aggregation"], length=61, documents=documents, router=router)
+    compare(settings, found)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("length", [1, 3, 9, 16])
+@pytest.mark.parametrize(
+    ("memory", "mlp"), [("linear", False), ("titans", True)], ids=["linear", "mlp-titans"]
+)
+def test_odd_lengths_agree_with_the_reference(memory, mlp, length):
+    settings = {"memory": memory, "aggregation": "gated", "segment_length": SEGMENT, "chunk_length": CHUNK}
+    compare(settings, arguments(memory, mlp, "gated", length=length))
+
+
+def test_float32_agrees_to_its_own_rounding():
+    for memory, aggregation in itertools.product(("linear", "titans"), ("gated", "sparse")):
+        settings = {"memory": memory, "aggregation": aggregation, "segment_length": SEGMENT}
+        settings |= {"chunk_length": CHUNK, **AGGREGATIONS[aggregation]}
+        found = arguments(memory, False, aggregation, dtype=jnp.float32)
+        compare(settings, found, tolerance=1e-5, gradient_tolerance=1e-4)

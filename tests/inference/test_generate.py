@@ -1,0 +1,65 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mc_jax.config import ModelConfig
+from mc_jax.inference.generate import generate
+from mc_jax.inference.sampling import sample
+from mc_jax.nn import LanguageModel
+
+
+@functools.cache
+def _model():
+    config = ModelConfig(
+        num_layers=1, model_dim=16, num_heads=2, mlp_dim=16, segment_length=8, chunk_length=4
+    )
+    return LanguageModel(config, 13, rngs=nnx.Rngs(params=1))
+
+
+def test_greedy_generation_is_what_the_parallel_form_finds_likeliest():
+    prompts = [np.array([1, 2, 3]), np.array([4, 5, 6, 7, 8, 9, 10, 11, 12, 0])]
+    drawn = generate(_model(), prompts, tokens=12, temperature=0.0)
+    forward = jax.jit(_model())
+    for prompt, row in zip(prompts, drawn, strict=True):
+        ids = np.concatenate([prompt, row])
+        logits = forward(jnp.asarray(ids, jnp.int32)[None])[0]
+        np.testing.assert_array_equal(row, np.argmax(logits[len(prompt) - 1 : -1], axis=-1))
+
+
+def test_a_seed_gives_the_same_text_and_another_seed_another():
+    draw = functools.partial(generate, _model(), [np.array([1, 2])], tokens=12)
+    np.testing.assert_array_equal(draw(seed=5), draw(seed=5))
+    assert np.any(draw(seed=5) != draw(seed=6))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p")],
+)
+def test_settings_out_of_range_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        generate(_model(), [np.array([1])], tokens=1, **wrong)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="no tokens"):
+        generate(_model(), [np.array([], np.int32)], tokens=1)
+
+
+def test_samples_follow_the_distribution_that_temperature_and_top_p_leave():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05], jnp.float32))
+    rows = jnp.broadcast_to(logits[None], (20_000, 4))
+
+    def shares(temperature, top_p):
+        drawn = sample(jax.random.key(0), rows, jnp.float32(temperature), jnp.float32(top_p))
+        return np.bincount(np.asarray(drawn), minlength=4) / 20_000
+
+    np.testing.assert_allclose(shares(1.0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.02)
+    np.testing.assert_allclose(shares(1.0, 0.7), [0.625, 0.375, 0, 0], atol=0.02)
+    np.testing.assert_allclose(shares(0.0, 1.0), [1, 0, 0, 0])
+    sharp = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
+    np.testing.assert_allclose(shares(0.5, 1.0), sharp / sharp.sum(), atol=0.02)
