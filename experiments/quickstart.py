@@ -9,10 +9,10 @@ from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 
 
 def config() -> Config:
-    """Four layers; segments of 64 tokens start afresh, so that a row of 512 tokens caches seven memories."""
+    """Two layers; segments of 64 tokens start afresh, so that a row of 512 tokens caches seven memories."""
     return Config(
         model=ModelConfig(
-            num_layers=4,
+            num_layers=2,
             model_dim=192,
             num_heads=4,
             mlp_dim=512,
@@ -20,8 +20,14 @@ def config() -> Config:
             aggregation="gated",
             segment_length=64,
             segment_init="independent",
-            chunk_length=32,
+            chunk_length=64,
         ),
         data=DataConfig(corpus="austen", tokenizer="bpe", vocab_size=4096, context_length=512),
-        training=TrainingConfig(steps=600, batch_size=8, learning_rate=3e-3, warmup_steps=50),
+        training=TrainingConfig(
+            steps=440,
+            batch_size=4,
+            learning_rate=8e-3,
+            warmup_steps=40,
+            checkpoint_every=50,
+        ),
     )

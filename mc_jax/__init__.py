@@ -1,1 +1,17 @@
 """mc_jax: recurrent language models with growing memory (Memory Caching, arXiv:2602.24281)."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mc_jax.caching import memory_caching
+
+__all__ = ["memory_caching"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the command line tells of a mistake without waiting for jax.
+    if name == "memory_caching":
+        from mc_jax.caching import memory_caching
+
+        return memory_caching
+    raise AttributeError(f"module 'mc_jax' has no attribute {name!r}")

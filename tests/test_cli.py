@@ -154,7 +154,7 @@ def test_help_of_train_lists_recipes_and_fields(capsys):
 def test_help_of_a_recipe_shows_its_values(capsys):
     text = shown_help(capsys, "train", "quickstart")
     at = text.index("--model.num-layers INT")
-    assert "Number of blocks. (default: 4)" in text[at : at + 200]
+    assert "Number of blocks. (default: 2)" in text[at : at + 200]
 
 
 @pytest.fixture

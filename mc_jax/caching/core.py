@@ -148,6 +148,12 @@ def forward(
     """
     batch, length = q.shape[:2]
     memory = _memory(settings, coefficients, initial_state)
+    merges = settings.segmentation == "logarithmic" and settings.segment_init == "independent"
+    if merges and initial_state is not None:
+        raise ValueError(
+            "independent segments that each start from an initial_state cannot be merged into groups; "
+            "leave initial_state out, or set segment_init to 'checkpoint'"
+        )
     if document_ids is not None:
         document_ids = segments.normalize_documents(document_ids)
     layout = Layout(

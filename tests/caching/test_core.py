@@ -171,6 +171,8 @@ def test_packed_documents_agree_with_the_reference(memory, mlp, segment_init):
 def test_every_router_form_agrees_with_the_reference(router, settings, documents):
     settings = {"memory": "linear", "segment_length": SEGMENT, "chunk_length": CHUNK, **settings}
     found = arguments("linear", False, settings["aggregation"], length=61, documents=documents, router=router)
+    if settings.get("segment_init") == "independent":
+        del found["initial_state"]  # it would be counted once a segment: refused
     compare(settings, found)
 
 
