@@ -11,9 +11,11 @@ import math
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
-MemoryName = Literal["linear"]
-AggregationName = Literal["none", "residual", "gated"]
+MemoryName = Literal["linear", "swla", "delta", "dla", "titans"]
+AggregationName = Literal["none", "residual", "gated", "soup", "sparse", "average"]
+Segmentation = Literal["constant", "logarithmic"]
 SegmentInit = Literal["checkpoint", "independent"]
+LayerKind = Literal["memory", "attention", "window"]
 
 
 class ConfigError(ValueError):
@@ -34,14 +36,22 @@ class ModelConfig:
     """Hidden width of the SwiGLU MLP."""
     memory: MemoryName = "linear"
     """The recurrence: how tokens are written to a memory."""
+    memory_depth: Literal[1, 2] | None = None
+    """State of "dla" and "titans": 1 a matrix, 2 an MLP. None for the others, whose state is a matrix."""
     aggregation: AggregationName = "gated"
     """How the online and the cached memories are read together; "none" is the base recurrence."""
     segment_length: int = 256
     """Tokens after which the memory's state is cached; a multiple of chunk_length."""
+    segmentation: Segmentation = "constant"
+    """Every segment is a memory, or a token's segments are grouped by the digits of their number."""
     segment_init: SegmentInit = "checkpoint"
     """A segment goes on from the last one's state, or starts afresh ("independent")."""
     chunk_length: int = 64
     """Tokens that are processed together by matrix products; divides segment_length."""
+    top_k: int | None = None
+    """Cached memories that "sparse" and "average" read; None with the others."""
+    router_blocks: int = 1
+    """A segment's score is the best of this many parts of it; 1 is the paper's mean."""
     router_keys: Literal["inputs", "keys"] = "inputs"
     """What is pooled over a segment to be scored: a learned map of the inputs, or the keys."""
     online_logit: Literal["learned", "running_mean"] = "learned"
@@ -50,6 +60,10 @@ class ModelConfig:
     """Width of the causal depth-wise convolution after the q, k and v maps; 1 is none."""
     tie_embeddings: bool = True
     """Use the embedding as the output map."""
+    layer_pattern: tuple[LayerKind, ...] = ("memory",)
+    """Mixers of successive layers, repeated: Memory Caching, attention, sliding-window attention."""
+    attention_window: int | None = None
+    """Tokens that "window" layers see, their own included; None without such layers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +102,8 @@ class TrainingConfig:
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
+    top_k_anneal_steps: int = 0
+    """Steps over which "sparse" goes from reading all cached memories to top_k; 0: top_k from the start."""
     gradient_clip: float = 1.0
     """Largest global norm of the gradient."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
@@ -140,11 +156,17 @@ def validate(config: Config) -> Config:
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
             _must_fit(f"{part}.{field.name}", value, field.type)
-            smallest = 0 if field.name in ("warmup_steps", "sample_tokens", "seed") else 1
+            smallest = 0 if field.name in _MAY_BE_ZERO else 1
             if type(value) is int and value < smallest:
                 raise ConfigError(f"{part}.{field.name} is {value}; set it to {smallest} or more")
-    _must_divide("model.num_heads", model.num_heads, "model.model_dim", model.model_dim)
-    _must_divide("model.chunk_length", model.chunk_length, "model.segment_length", model.segment_length)
+    _check_model(model)
+    if training.top_k_anneal_steps and model.aggregation != "sparse":
+        raise ConfigError(
+            f"training.top_k_anneal_steps has no effect with model.aggregation {model.aggregation!r}; "
+            "set it to 0, or model.aggregation to 'sparse'"
+        )
+    align = document_alignment(model)
+    _must_divide("model.chunk_length", align, "data.context_length", data.context_length)
     _must_divide("training.accumulation", training.accumulation, "training.batch_size", training.batch_size)
     if training.warmup_steps > training.steps:
         raise ConfigError(
@@ -175,6 +197,48 @@ def validate(config: Config) -> Config:
     return config
 
 
+_MAY_BE_ZERO = ("warmup_steps", "top_k_anneal_steps", "sample_tokens", "seed")
+
+
+def _check_model(model: ModelConfig) -> None:
+    _must_divide("model.num_heads", model.num_heads, "model.model_dim", model.model_dim)
+    _must_divide("model.chunk_length", model.chunk_length, "model.segment_length", model.segment_length)
+    _must_divide("model.router_blocks", model.router_blocks, "model.segment_length", model.segment_length)
+    _must_divide(
+        "layers in model.layer_pattern", len(model.layer_pattern), "model.num_layers", model.num_layers
+    )
+    deep = model.memory in ("dla", "titans")
+    _must_go_together("model.memory_depth", model.memory_depth, deep, f"model.memory {model.memory!r}", "2")
+    reads_top_k = model.aggregation in ("sparse", "average")
+    aggregation = f"model.aggregation {model.aggregation!r}"
+    _must_go_together("model.top_k", model.top_k, reads_top_k, aggregation, "2")
+    windowed = "window" in model.layer_pattern
+    pattern = f"model.layer_pattern {' '.join(model.layer_pattern)}"
+    _must_go_together("model.attention_window", model.attention_window, windowed, pattern, "1024")
+    if model.router_blocks > 1 and model.aggregation not in ("gated", "soup", "sparse"):
+        raise ConfigError(f"model.router_blocks has no effect with {aggregation}; set it to 1")
+    if model.segmentation == "logarithmic":
+        if model.aggregation != "gated":
+            raise ConfigError(
+                f"model.segmentation 'logarithmic' is not defined with {aggregation}; "
+                "set model.aggregation to 'gated'"
+            )
+        if model.router_blocks > 1:
+            raise ConfigError("model.router_blocks needs model.segmentation 'constant'; set it to 1")
+        if model.segment_init == "independent" and model.memory != "linear":
+            raise ConfigError(
+                f"independent segments of model.memory {model.memory!r} cannot be merged; "
+                "set model.segment_init to 'checkpoint'"
+            )
+
+
+def _must_go_together(name: str, value: Any, wanted: bool, reason: str, example: str) -> None:
+    if wanted and value is None:
+        raise ConfigError(f"{reason} needs {name}; set it, for example to {example}")
+    if not wanted and value is not None:
+        raise ConfigError(f"{name} {value!r} has no effect with {reason}; set it to None")
+
+
 _KINDS = {int: "an integer", float: "a finite number", str: "text", bool: "True or False", type(None): "None"}
 
 
@@ -188,6 +252,8 @@ def _must_fit(path: str, value: Any, hint: Any) -> None:
 def _fits(value: Any, option: Any) -> bool:
     if get_origin(option) is Literal:
         return value in get_args(option)
+    if get_origin(option) is tuple:
+        return type(value) is tuple and bool(value) and all(_fits(x, get_args(option)[0]) for x in value)
     if option is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is option
@@ -196,6 +262,8 @@ def _fits(value: Any, option: Any) -> bool:
 def _describe(option: Any) -> str:
     if get_origin(option) is Literal:
         return " or ".join(map(repr, get_args(option)))
+    if get_origin(option) is tuple:
+        return f"one or more of {_describe(get_args(option)[0])}"
     return _KINDS[option]
 
 
@@ -207,6 +275,14 @@ def _must_divide(divisor_name: str, divisor: int, name: str, value: int) -> None
             f"{divisor_name} {divisor} does not divide {name} {value}; set {name} to {choices}, "
             f"or {divisor_name} to a divisor of {value}"
         )
+
+
+def document_alignment(model: ModelConfig) -> int:
+    """Documents start at multiples of this many tokens in a row.
+
+    A chunk of "titans", or of an MLP memory, takes its gradients at one state, so it holds one document.
+    """
+    return model.chunk_length if model.memory == "titans" or model.memory_depth == 2 else 1
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -228,7 +304,9 @@ def from_dict(values: dict[str, Any]) -> Config:
         known = {field.name for field in dataclasses.fields(section_type)}
         for field in content:
             _must_be_known(f"{name}.{field}", field, known)
-        built[name] = section_type(**content)
+        # JSON has no tuples.
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        built[name] = section_type(**fields)
     return Config(**built)
 
 

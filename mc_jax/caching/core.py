@@ -260,8 +260,9 @@ def decode(
         y = combine(memory, q[:, None], read[:, None], gates, states)[:, 0]
     else:
         assert isinstance(gates, Gates)
-        weights = jax.tree.map(lambda x: x[:, 0], tuple(gates))
-        y, online = mixable.step_mixed(cache.online, q, k, v, coefficients, chunk_start, *weights, states)
+        y, online = mixable.step_mixed(
+            cache.online, q, k, v, coefficients, chunk_start, gates.online[:, 0], gates.cached[:, 0], states
+        )
     if gates is not None:
         y = jnp.where((cache.count > cache.capacity)[:, None, None], jnp.nan, y)
     return y.astype(v.dtype), append_token(cache, online, segment)

@@ -65,15 +65,15 @@ def generate(
             jnp.float32(temperature),
             jnp.float32(top_p),
             tokens=tokens,
-            capacity=(padded + tokens) // segment_length + 1,
+            max_length=padded + tokens,
         )
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "tokens", "capacity"))
-def _generate(graph, parameters, rows, lengths, key, temperature, top_p, *, tokens, capacity):
+@functools.partial(jax.jit, static_argnames=("graph", "tokens", "max_length"))
+def _generate(graph, parameters, rows, lengths, key, temperature, top_p, *, tokens, max_length):
     model = nnx.merge(graph, parameters)
-    logits, caches = model.prefill(rows, lengths, capacity)
+    logits, caches = model.prefill(rows, lengths, max_length)
 
     def add(carry, key):
         logits, caches = carry

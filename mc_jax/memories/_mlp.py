@@ -1,6 +1,7 @@
 """Memories whose state is an MLP: M(x) = x + gelu(x W_in) W_out, written by gradients (MC eq. 30, 34)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -20,10 +21,8 @@ class MlpMemory:
         self, q: jax.Array, k: jax.Array, v: jax.Array, coefficients: Coefficients, layout: Layout
     ) -> MemoryRun:
         """Write and query all tokens; reads are those of the branch."""
-        branch, states, final = deep_memory(
-            q, k, v, objective=self.objective, **coefficients._asdict(), **layout.arguments()
-        )
-        return MemoryRun(branch, states, final)
+        found = deep_memory(q, k, v, objective=self.objective, **coefficients._asdict(), **layout.arguments())
+        return MemoryRun(*found[:3])
 
     def step(
         self,
@@ -35,9 +34,10 @@ class MlpMemory:
         chunk_start: jax.Array,
     ) -> tuple[jax.Array, OnlineState]:
         """Write and query one token a row."""
-        return deep_memory_step(
+        found = deep_memory_step(
             state, q, k, v, objective=self.objective, **coefficients._asdict(), chunk_start=chunk_start
         )
+        return found[0], found[1]
 
     def read(self, q: jax.Array, gates: jax.Array, states: Weights) -> jax.Array:
         """The gated sum of all states' branches."""
@@ -69,7 +69,7 @@ class MlpMemory:
         """
         w_in, w_out = states
         cached = gated_state_read(q, gates, w_in)
-        branch, _, _, hidden = deep_memory(
+        found: Any = deep_memory(
             q,
             k,
             v,
@@ -79,6 +79,7 @@ class MlpMemory:
             **coefficients._asdict(),
             **layout.arguments(),
         )
+        branch, hidden = found[0], found[-1]
         return q + branch + gated_state_read(hidden, gates, w_out)
 
     def step_mixed(
@@ -96,7 +97,7 @@ class MlpMemory:
         """The same for one token a row."""
         w_in, w_out = states
         cached = gated_state_read(q[:, None], gates[:, None], w_in)[:, 0]
-        branch, state, hidden = deep_memory_step(
+        found: Any = deep_memory_step(
             state,
             q,
             k,
@@ -107,4 +108,5 @@ class MlpMemory:
             **coefficients._asdict(),
             chunk_start=chunk_start,
         )
+        branch, state, hidden = found[0], found[1], found[-1]
         return q + branch + gated_state_read(hidden[:, None], gates[:, None], w_out)[:, 0], state

@@ -7,8 +7,9 @@ import jax
 from flax import nnx
 
 from mc_jax import caching
-from mc_jax.config import ModelConfig
-from mc_jax.nn.mixer import Dtype, MemoryCaching, MixerCache
+from mc_jax.config import LayerKind, ModelConfig
+from mc_jax.nn.attention import Attention
+from mc_jax.nn.mixer import Dtype, MemoryCaching
 from mc_jax.nn.norm import RMSNorm
 
 
@@ -28,36 +29,23 @@ class SwiGLU(nnx.Module):
 class Block(nnx.Module):
     """x -> x + mixer(norm(x)), then x -> x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kind: LayerKind, *, dtype: Dtype, rngs: nnx.Rngs):
         self.mixer_norm = RMSNorm(config.model_dim)
-        self.mixer = MemoryCaching(
-            config.model_dim,
-            num_heads=config.num_heads,
-            settings=caching.Settings(
-                memory=config.memory,
-                aggregation=config.aggregation,
-                segment_length=config.segment_length,
-                segment_init=config.segment_init,
-                chunk_length=config.chunk_length,
-            ),
-            router_keys=config.router_keys,
-            online_logit=config.online_logit,
-            convolution_width=config.convolution_width,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.mixer = _mixer(config, kind, dtype, rngs)
         self.mlp_norm = RMSNorm(config.model_dim)
         self.mlp = SwiGLU(config.model_dim, config.mlp_dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, document_ids: jax.Array | None) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, document_ids: jax.Array | None, top_k: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
         """Map x [B, T, D]; also the gates of the mixer's read, or None."""
-        return self._around(x, lambda y: self.mixer.apply(y, document_ids))
+        return self._around(x, lambda y: self.mixer.apply(y, document_ids, top_k))
 
-    def prefill(self, x: jax.Array, lengths: jax.Array, capacity: int) -> tuple[jax.Array, MixerCache]:
-        """As a call on rows of `lengths` [B], and the cache to go on with."""
-        return self._around(x, lambda y: self.mixer.prefill(y, lengths, capacity))
+    def prefill(self, x: jax.Array, lengths: jax.Array, max_length: int) -> tuple[jax.Array, Any]:
+        """As a call on rows of `lengths` [B], and the cache to go on with up to `max_length`."""
+        return self._around(x, lambda y: self.mixer.prefill(y, lengths, max_length))
 
-    def step(self, x: jax.Array, cache: MixerCache) -> tuple[jax.Array, MixerCache]:
+    def step(self, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """One more token a row, x [B, D]."""
         return self._around(x, lambda y: self.mixer.step(y, cache))
 
@@ -65,3 +53,29 @@ class Block(nnx.Module):
         mixed, kept = mix(self.mixer_norm(x))
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), kept
+
+
+def _mixer(config: ModelConfig, kind: LayerKind, dtype: Dtype, rngs: nnx.Rngs) -> MemoryCaching | Attention:
+    if kind != "memory":
+        window = config.attention_window if kind == "window" else None
+        return Attention(config.model_dim, num_heads=config.num_heads, window=window, dtype=dtype, rngs=rngs)
+    return MemoryCaching(
+        config.model_dim,
+        num_heads=config.num_heads,
+        settings=caching.Settings(
+            memory=config.memory,
+            aggregation=config.aggregation,
+            segment_length=config.segment_length,
+            segmentation=config.segmentation,
+            segment_init=config.segment_init,
+            chunk_length=config.chunk_length,
+            top_k=config.top_k,
+            router_blocks=config.router_blocks,
+        ),
+        mlp=config.memory_depth == 2,
+        router_keys=config.router_keys,
+        online_logit=config.online_logit,
+        convolution_width=config.convolution_width,
+        dtype=dtype,
+        rngs=rngs,
+    )

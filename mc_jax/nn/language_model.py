@@ -10,51 +10,79 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mc_jax.caching.aggregations import Gates
-from mc_jax.config import ModelConfig
+from mc_jax.caching.aggregations import Gates, Selection
+from mc_jax.config import LayerKind, ModelConfig
 from mc_jax.nn.block import Block
-from mc_jax.nn.mixer import Dtype, MixerCache
+from mc_jax.nn.mixer import Dtype
 from mc_jax.nn.norm import RMSNorm
 
 
 class LanguageModel(nnx.Module):
-    """Tokens to logits. The blocks' parameters are stacked along a leading axis of layers and scanned."""
+    """Tokens to logits.
+
+    The layers repeat a pattern of mixers. For each place in the pattern there is one block, `blocks_0`,
+    `blocks_1`, ..., whose parameters are stacked along a leading axis of repetitions; these are scanned.
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
         """Draw the weights, float32; `dtype` is that of activations, logits are float32."""
         self.config = config
         self.dtype = dtype
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab_size, config.model_dim)))
-        self.blocks = _stacked_blocks(config, dtype, rngs.params())
+        for place, kind in enumerate(config.layer_pattern):
+            setattr(self, f"blocks_{place}", _stacked_blocks(config, kind, dtype, rngs.params()))
         self.norm = RMSNorm(config.model_dim)
         head = nnx.Linear(config.model_dim, vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.head = None if config.tie_embeddings else head
 
-    def __call__(self, tokens: jax.Array, document_ids: jax.Array | None = None) -> jax.Array:
-        """Logits [B, T, vocabulary], float32, of the token after each of tokens [B, T], int32."""
-        x, _ = self._scan(lambda block, x, _: (block(x, document_ids)[0], None), self._embed(tokens))
+    def __call__(
+        self,
+        tokens: jax.Array,
+        document_ids: jax.Array | None = None,
+        top_k: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, T, vocabulary], float32, of the token after each of tokens [B, T], int32.
+
+        Args:
+          tokens: [B, T], int32.
+          document_ids: [B, T] or None; packed documents do not see each other.
+          top_k: a traced scalar in place of the config's, while that is annealed; None: the config's.
+        """
+        x, _ = self._scan(lambda block, x, _: (block(x, document_ids, top_k)[0], None), self._embed(tokens))
         return self._logits(x)
 
     def read_gates(self, tokens: jax.Array) -> Gates | None:
-        """What each token reads: gates with a leading layer axis, [layers, B, T, H, N] and [layers, B, T, H].
+        """What each token reads in the layers with a memory: gates [layers, B, T, H(, N)].
 
-        None where the aggregation is "none".
+        None where there is no such layer, or the aggregation is "none".
         """
-        return self._scan(lambda block, x, _: block(x, None), self._embed(tokens))[1]
+        segments = -(-tokens.shape[1] // self.config.segment_length)
 
-    def prefill(self, tokens: jax.Array, lengths: jax.Array, capacity: int) -> tuple[jax.Array, MixerCache]:
+        def read(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, Gates | None]:
+            x, gates = block(x, None, None)
+            return x, gates.dense(segments) if isinstance(gates, Selection) else gates
+
+        _, kept = self._scan(read, self._embed(tokens))
+        kept = [gates for gates in kept if gates is not None]
+        if not kept:
+            return None
+        # One after another as the layers are: [repetitions, places, ...] -> [layers, ...].
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *kept)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+
+    def prefill(self, tokens: jax.Array, lengths: jax.Array, max_length: int) -> tuple[jax.Array, Any]:
         """Logits after each row's last token [B, vocabulary], and the caches of all layers.
 
         Args:
           tokens: [B, T], int32; what is at and past a row's length is ignored.
           lengths: tokens in each row [B], int32, at least 1.
-          capacity: cached states a layer may come to hold; tokens in all // segment_length.
+          max_length: tokens that a row may come to hold.
         """
-        x, caches = self._scan(lambda block, x, _: block.prefill(x, lengths, capacity), self._embed(tokens))
+        x, caches = self._scan(lambda block, x, _: block.prefill(x, lengths, max_length), self._embed(tokens))
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self._logits(last), caches
 
-    def step(self, tokens: jax.Array, caches: MixerCache) -> tuple[jax.Array, MixerCache]:
+    def step(self, tokens: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
         """One more token a row [B]: logits [B, vocabulary] of the one after it, and the new caches."""
         x, caches = self._scan(lambda block, x, cache: block.step(x, cache), self._embed(tokens), caches)
         return self._logits(x), caches
@@ -62,14 +90,22 @@ class LanguageModel(nnx.Module):
     def _embed(self, tokens: jax.Array) -> jax.Array:
         return self.embedding[...].astype(self.dtype)[tokens]
 
-    def _scan(self, apply: Callable[[Block, jax.Array, Any], Any], x: jax.Array, per_layer: Any = None):
-        graph, parameters = nnx.split(self.blocks)
+    def _scan(
+        self, apply: Callable[[Block, jax.Array, Any], Any], x: jax.Array, per_layer: Any = None
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Pass x through all layers; what each keeps is stacked, one pytree for each place of the pattern."""
+        places = range(len(self.config.layer_pattern))
+        parts = [nnx.split(getattr(self, f"blocks_{place}")) for place in places]
+        per_layer = tuple(None for _ in places) if per_layer is None else per_layer
 
-        def layer(x, scanned):
-            layer_parameters, value = scanned
-            return apply(nnx.merge(graph, layer_parameters), x, value)
+        def repetition(x, scanned):
+            kept = []
+            for (graph, _), parameters, value in zip(parts, *scanned, strict=True):
+                x, keep = apply(nnx.merge(graph, parameters), x, value)
+                kept.append(keep)
+            return x, tuple(kept)
 
-        return jax.lax.scan(layer, x, (parameters, per_layer))
+        return jax.lax.scan(repetition, x, (tuple(parameters for _, parameters in parts), per_layer))
 
     def _logits(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
@@ -80,12 +116,12 @@ class LanguageModel(nnx.Module):
         return logits.astype(jnp.float32)
 
 
-def _stacked_blocks(config: ModelConfig, dtype: Dtype, key: jax.Array) -> Block:
-    """A block whose every parameter has a leading axis of layers."""
+def _stacked_blocks(config: ModelConfig, kind: LayerKind, dtype: Dtype, key: jax.Array) -> Block:
+    """A block whose every parameter has a leading axis of repetitions."""
 
-    def parameters(layer_key: jax.Array):
-        return nnx.state(Block(config, dtype=dtype, rngs=nnx.Rngs(params=layer_key)))
+    def build(key: jax.Array) -> Block:
+        return Block(config, kind, dtype=dtype, rngs=nnx.Rngs(params=key))
 
-    stacked = jax.vmap(parameters)(jax.random.split(key, config.num_layers))
-    abstract = nnx.eval_shape(lambda: Block(config, dtype=dtype, rngs=nnx.Rngs(params=key)))
-    return nnx.merge(nnx.graphdef(abstract), stacked)
+    repetitions = config.num_layers // len(config.layer_pattern)
+    stacked = jax.vmap(lambda key: nnx.state(build(key)))(jax.random.split(key, repetitions))
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: build(key))), stacked)

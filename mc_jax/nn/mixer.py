@@ -12,9 +12,10 @@ from flax import nnx
 
 from mc_jax import caching
 from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Selection
-from mc_jax.memories import MEMORIES, Coefficients
+from mc_jax.memories import Coefficients, memory_for
 from mc_jax.nn.convolution import ShortConvolution
 from mc_jax.nn.norm import RMSNorm
+from pallas_kernels._state import Weights
 
 type Dtype = Any
 """What jax.numpy takes as a dtype."""
@@ -55,6 +56,7 @@ class MemoryCaching(nnx.Module):
         *,
         num_heads: int,
         settings: caching.Settings,
+        mlp: bool = False,
         router_keys: str = "inputs",
         online_logit: str = "learned",
         convolution_width: int = 4,
@@ -67,6 +69,7 @@ class MemoryCaching(nnx.Module):
           model_dim: width D of input and output.
           num_heads: memories H, each with keys and values of D / H.
           settings: memory, aggregation, segments.
+          mlp: the memory's state is an MLP with hidden width 4 D / H ("dla", "titans"), and not a matrix.
           router_keys: what is pooled over a segment: "inputs" (a learned map of them) or "keys".
           online_logit: the online memory's logit: "learned" (a map of the input) or "running_mean".
           convolution_width: taps of the causal convolution, 1 for none.
@@ -74,7 +77,7 @@ class MemoryCaching(nnx.Module):
           rngs: source of the initial weights.
 
         Raises:
-          ValueError: num_heads does not divide model_dim.
+          ValueError: num_heads does not divide model_dim, or the memory has no MLP form.
         """
         if model_dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide model_dim {model_dim}; choose a divisor")
@@ -87,36 +90,57 @@ class MemoryCaching(nnx.Module):
 
         self.query, self.key, self.value = linear(model_dim), linear(model_dim), linear(model_dim)
         self.convolution = ShortConvolution(3 * model_dim, convolution_width, dtype=dtype, rngs=rngs)
-        names = MEMORIES[settings.memory].matrix.coefficients
+        head_dim = model_dim // num_heads
+        self.initial = _InitialMlp(num_heads, head_dim, rngs) if mlp else None
+        names = memory_for(settings.memory, self._initial_state()).coefficients
+
+        def fraction(name: str) -> _Fraction | None:
+            return _Fraction(model_dim, num_heads, rngs) if name in names else None
+
         self.retention = _Retention(model_dim, num_heads, rngs) if "retention" in names else None
-        self.step_size = _Fraction(model_dim, num_heads, rngs) if "step" in names else None
+        self.step_size = fraction("step")
+        self.momentum = fraction("momentum")
+        self.previous_step = fraction("previous_step")
         uses_router = AGGREGATIONS[settings.aggregation].uses_router
         self.router_query = linear(model_dim) if uses_router else None
         self.router_key = linear(model_dim) if uses_router and router_keys == "inputs" else None
         self.online_logit = linear(num_heads) if uses_router and online_logit == "learned" else None
-        self.norm = RMSNorm(model_dim // num_heads)
+        self.norm = RMSNorm(head_dim)
         self.output_gate = linear(model_dim)
         self.output = linear(model_dim)
 
-    def __call__(self, x: jax.Array, document_ids: jax.Array | None = None) -> jax.Array:
-        """Mix tokens x [B, T, D]; packed documents [B, T] do not see each other."""
-        return self.apply(x, document_ids)[0]
+    def __call__(
+        self,
+        x: jax.Array,
+        document_ids: jax.Array | None = None,
+        top_k: jax.Array | None = None,
+    ) -> jax.Array:
+        """Mix tokens x [B, T, D]; packed documents [B, T] do not see each other.
+
+        For "titans", and with `mlp`, documents must start at chunk boundaries. `top_k`, a traced scalar,
+        takes the place of the settings' while that is annealed.
+        """
+        return self.apply(x, document_ids, top_k)[0]
 
     def apply(
-        self, x: jax.Array, document_ids: jax.Array | None = None
+        self,
+        x: jax.Array,
+        document_ids: jax.Array | None = None,
+        top_k: jax.Array | None = None,
     ) -> tuple[jax.Array, Gates | Selection | None]:
         """As a call, with the weights of the memories that each token read."""
         qkv = self.convolution(self._qkv(x), document_ids)
-        output = self._forward(x, qkv, document_ids, None)
+        output = self._forward(x, qkv, document_ids=document_ids, top_k=top_k)
         return self._out(x, output.y), output.gates
 
-    def prefill(self, x: jax.Array, lengths: jax.Array, capacity: int) -> tuple[jax.Array, MixerCache]:
-        """As a call on rows of `lengths` [B] tokens, and the cache with `capacity` places to go on with."""
+    def prefill(self, x: jax.Array, lengths: jax.Array, max_length: int) -> tuple[jax.Array, MixerCache]:
+        """As a call on rows of `lengths` [B] tokens, and the cache to go on with up to `max_length`."""
         inputs = self._qkv(x)
-        output = self._forward(x, self.convolution(inputs), None, lengths)
+        output = self._forward(x, self.convolution(inputs), lengths=lengths)
         cache = output.cache
         if AGGREGATIONS[self.settings.aggregation].gates is not None:
-            cache = cache.with_capacity(max(capacity, cache.capacity))
+            capacity = max(max_length // self.settings.segment_length, cache.capacity)
+            cache = cache.with_capacity(capacity)
         return self._out(x, output.y), MixerCache(cache, self.convolution.tail(inputs, lengths))
 
     def step(self, x: jax.Array, cache: MixerCache) -> tuple[jax.Array, MixerCache]:
@@ -125,12 +149,15 @@ class MemoryCaching(nnx.Module):
         y, memory = caching.decode(*self._write(x, qkv), cache.memory)
         return self._out(x, y), MixerCache(memory, tail)
 
+    def _initial_state(self) -> Weights | None:
+        return None if self.initial is None else (self.initial.w_in[...], self.initial.w_out[...])
+
     def _qkv(self, x: jax.Array) -> jax.Array:
         return jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
 
-    def _forward(self, x, qkv, document_ids, lengths) -> caching.Output:
+    def _forward(self, x: jax.Array, qkv: jax.Array, **rows: jax.Array | None) -> caching.Output:
         return caching.forward(
-            *self._write(x, qkv), self.settings, document_ids=document_ids, lengths=lengths
+            *self._write(x, qkv), self.settings, initial_state=self._initial_state(), **rows
         )
 
     def _write(self, x: jax.Array, qkv: jax.Array) -> _Written:
@@ -143,10 +170,8 @@ class MemoryCaching(nnx.Module):
                 keys=k if self.router_key is None else self._heads(self.router_key(x)),
                 online_logit=None if self.online_logit is None else self.online_logit(x),
             )
-        coefficients = Coefficients(
-            retention=None if self.retention is None else self.retention(x),
-            step=None if self.step_size is None else self.step_size(x),
-        )
+        maps = (self.retention, self.momentum, self.step_size, self.previous_step)
+        coefficients = Coefficients(*(None if map is None else map(x) for map in maps))
         return _Written(q, k, v, routing, coefficients)
 
     def _heads(self, x: jax.Array) -> jax.Array:
@@ -185,6 +210,17 @@ class _Fraction(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return nnx.sigmoid(self.map(x))
+
+
+class _InitialMlp(nnx.Module):
+    """What an MLP memory starts from, learned per head; never all zero, which has no gradient for ever."""
+
+    def __init__(self, num_heads: int, head_dim: int, rngs: nnx.Rngs):
+        hidden = 4 * head_dim
+        self.w_in = nnx.Param(
+            jax.random.normal(rngs.params(), (num_heads, head_dim, hidden)) * head_dim**-0.5
+        )
+        self.w_out = nnx.Param(jax.random.normal(rngs.params(), (num_heads, hidden, head_dim)) * hidden**-0.5)
 
 
 def _unit(x: jax.Array) -> jax.Array:

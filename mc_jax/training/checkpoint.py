@@ -26,7 +26,7 @@ class Checkpoints:
         save: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(every)
         preserve: Any = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            run_dir / CHECKPOINTS_FOLDER,
+            (run_dir / CHECKPOINTS_FOLDER).resolve(),  # Orbax wants it absolute
             save_decision_policy=save,
             preservation_policy=preserve,
             cleanup_tmp_directories=True,

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from mc_jax.config import Config, validate
+from mc_jax.config import Config, document_alignment, validate
 from mc_jax.data.dataset import open_data
 from mc_jax.data.pipeline import training_batches
 from mc_jax.training import run
 from mc_jax.training.checkpoint import Checkpoints
 from mc_jax.training.metrics import MetricsLog, read_metrics
-from mc_jax.training.optimizer import learning_rate, make_optimizer
+from mc_jax.training.optimizer import annealed_top_k, learning_rate, make_optimizer
 from mc_jax.training.progress import Progress
 from mc_jax.training.step import make_step
 
@@ -62,6 +62,7 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
             batch_size=settings.batch_size,
             seed=settings.seed,
             start_step=start,
+            align=document_alignment(config.model),
         )
         with (
             MetricsLog(run_dir, start) as log,
@@ -96,7 +97,10 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
             pending = None
             for step in range(start + 1, settings.steps + 1):
                 rate = learning_rate(settings, step - 1)
-                state, metrics = step_fn(state, next(batches), jnp.float32(rate))
+                top_k = None
+                if settings.top_k_anneal_steps:
+                    top_k = jnp.int32(annealed_top_k(config, step - 1))
+                state, metrics = step_fn(state, next(batches), jnp.float32(rate), top_k)
                 # Fetched one step late, so that the host never waits for the device.
                 if pending is not None:
                     record(*pending)

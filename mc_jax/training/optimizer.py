@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from mc_jax.config import TrainingConfig
+from mc_jax.config import Config, TrainingConfig
 
 _MATRICES = ("kernel", "embedding")
 
@@ -33,6 +33,15 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
+
+
+def annealed_top_k(config: Config, step: int) -> int:
+    """Cached memories that the step after `step` finished ones reads: from all of a row's down to top_k."""
+    top_k = config.model.top_k
+    assert top_k is not None
+    segments = config.data.context_length // config.model.segment_length
+    share = min(1.0, step / config.training.top_k_anneal_steps)
+    return max(top_k, round(segments + (top_k - segments) * share))
 
 
 def _is_matrix(parameters: Any) -> Any:

@@ -41,35 +41,39 @@ def init_state(parameters: Parameters, optimizer: optax.GradientTransformation) 
     return TrainState(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
 
 
-def token_losses(model: Any, batch: Batch) -> jax.Array:
-    """Cross-entropy of each target in nats [rows, T], float32, 0 where the loss mask is."""
-    logits = model(batch["inputs"], batch["document_ids"])
+def token_losses(model: Any, batch: Batch, top_k: jax.Array | None = None) -> jax.Array:
+    """Cross-entropy of each target in nats [rows, T], float32, 0 where the loss mask is.
+
+    `top_k`, a traced scalar, takes the place of the model's while that is annealed.
+    """
+    logits = model(batch["inputs"], batch["document_ids"], top_k)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     return losses * batch["loss_mask"]
 
 
 def make_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation, accumulation: int
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """The compiled step: (state, batch, learning rate) -> (state, {"loss", "grad_norm"}).
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled step: (state, batch, learning rate, top_k=None) -> (state, {"loss", "grad_norm"}).
 
     The loss is the mean over the whole batch's tokens in nats, whatever `accumulation` (the parts that a
     batch is cut into to save memory). The state that is passed in is given up to the new one.
     """
 
-    def part_loss(parameters: Parameters, part: Batch, tokens: jax.Array) -> jax.Array:
-        return jnp.sum(token_losses(merge_model(graph, parameters), part)) / tokens
-
-    def step(state: TrainState, batch: Batch, rate: jax.Array):
+    def step(state: TrainState, batch: Batch, rate: jax.Array, top_k: jax.Array | None = None):
         tokens = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
-        value_and_grad = jax.value_and_grad(part_loss)
+
+        @jax.value_and_grad
+        def value_and_grad(parameters: Parameters, part: Batch) -> jax.Array:
+            return jnp.sum(token_losses(merge_model(graph, parameters), part, top_k)) / tokens
+
         if accumulation == 1:
-            loss, gradients = value_and_grad(state.parameters, batch, tokens)
+            loss, gradients = value_and_grad(state.parameters, batch)
         else:
             parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
 
             def accumulate(total, part):
-                return jax.tree.map(jnp.add, total, value_and_grad(state.parameters, part, tokens)), None
+                return jax.tree.map(jnp.add, total, value_and_grad(state.parameters, part)), None
 
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
             (loss, gradients), _ = jax.lax.scan(accumulate, zeros, parts)

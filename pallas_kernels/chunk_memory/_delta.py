@@ -36,7 +36,7 @@ def delta_segment(state: OnlineState, tokens: Tokens, initial: jax.Array) -> tup
         enter = products[..., 0] * tokens.decay[..., :1]
     carried = renew = None
     if tokens.restart is not None:
-        renew = jnp.einsum("rnhcd,rnhd->rnhc", products, tokens.restart)
+        renew = jnp.einsum("rnhcd,rnhd->rnhc", products, tokens.restart, precision="highest")
         v = v - jnp.einsum("rnhck,rhkv->rnhcv", scaled(k, renew), initial, precision="highest")
         carried = renew[..., -1, None, None] * initial[:, None]
 

@@ -45,10 +45,9 @@ def linear_segment(state: OnlineState, tokens: Tokens, initial: jax.Array) -> tu
     )
     renew = None
     if tokens.restart is not None:
-        renew = jnp.einsum("rnhcd,rnhd->rnhc", products, tokens.restart)
+        renew = jnp.einsum("rnhcd,rnhd->rnhc", products, tokens.restart, precision="highest")
         writes = writes + renew[..., -1, None, None] * initial[:, None]
-    ends = _chunk_ends(weights, writes, None if enter is None else enter[..., -1])
-    starts = jnp.concatenate([weights[:, None], ends[:, :-1]], axis=1)
+    weights, starts = _carry(weights, writes, None if enter is None else enter[..., -1])
 
     scores = jnp.einsum("rnhck,rnhdk->rnhcd", tokens.q, k, preferred_element_type=weights.dtype)
     reads = product("rnhcd,rnhdv->rnhcv", scores * share, values, tokens.q)
@@ -59,20 +58,20 @@ def linear_segment(state: OnlineState, tokens: Tokens, initial: jax.Array) -> tu
     previous = None if state.previous is None else (tokens.k[:, -1, :, -1], tokens.v[:, -1, :, -1])
     if previous is not None:
         previous = jax.tree.map(lambda x: x.astype(weights.dtype), previous)
-    return OnlineState(weights=ends[:, -1], previous=previous), reads
+    return OnlineState(weights=weights, previous=previous), reads
 
 
-def _chunk_ends(weights: jax.Array, writes: jax.Array, decay: jax.Array | None) -> jax.Array:
-    """Return the states [R, N, H, K, V] after each chunk: M_n = decay_n M_{n-1} + writes_n."""
-    if decay is None:
-        return weights[:, None] + jnp.cumsum(writes, axis=1)
-    # One product over the few chunks of a segment, instead of a loop.
-    first = writes[:, :1] + decay[:, :1, :, None, None] * weights[:, None]
-    writes = jnp.concatenate([first, writes[:, 1:]], axis=1)
-    if writes.shape[1] == 1:
-        return writes
-    products = decay_matrix(jnp.swapaxes(decay, 1, 2))
-    return jnp.einsum("rhnm,rmhkv->rnhkv", products, writes)
+def _carry(weights: jax.Array, writes: jax.Array, decay: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return the state after the last chunk, and those before each [R, N, H, K, V]: M <- decay M + writes."""
+
+    def chunk_step(weights: jax.Array, inputs):
+        write, decay = inputs
+        kept = weights if decay is None else decay[..., None, None] * weights
+        return kept + write, weights
+
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (writes, decay))
+    weights, starts = jax.lax.scan(chunk_step, weights, inputs, unroll=4)
+    return weights, jnp.moveaxis(starts, 0, 1)
 
 
 def _with_previous(products: jax.Array, tokens: Tokens) -> jax.Array:

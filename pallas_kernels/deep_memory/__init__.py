@@ -94,7 +94,7 @@ def deep_memory(
         )
     if not isinstance(initial_state, tuple):
         raise ValueError(
-            "initial_state is not a pair; pass (w_in [heads, key_dim, hidden], w_out [heads, hidden, value_dim])"
+            "initial_state is not a pair; pass [heads, key_dim, hidden] and [heads, hidden, key_dim]"
         )
     _check_shapes(
         q,
@@ -141,7 +141,9 @@ def _check_shapes(q, initial_state, expected) -> None:
         ("initial_state's w_out", initial_state[1], (heads, hidden, key_dim)),
     ):
         if x.shape not in (shape, (batch, *shape)):
-            raise ValueError(f"{name} has shape {x.shape}, but q {q.shape} needs {shape}, or a batch before it")
+            raise ValueError(
+                f"{name} has shape {x.shape}, but q {q.shape} needs {shape}, or a batch before it"
+            )
     sizes = {"T": tokens, "H": heads, "K": key_dim, "E": hidden}
     for name, (x, axes) in expected.items():
         shape = (batch, *(sizes[axis] for axis in axes))

@@ -1,8 +1,8 @@
-"""A run of chunks of the MLP memory: only matrix products inside a chunk, and no weights of a single token.
+"""A run of chunks of the MLP memory: matrix products inside a chunk, and never the weights of a token.
 
-All gradients of a chunk are taken at the weights it starts from, so its writes are sums of outer products, and
-reading the weights of token t is a read of the chunk's start plus a causal, decayed attention over the chunk's
-writes, layer by layer (the dual form of TTT and Titans).
+All gradients of a chunk are taken at the weights it starts from, so its writes are sums of outer products,
+and reading the weights of token t is a read of the chunk's start plus a causal, decayed attention over the
+chunk's writes, layer by layer (the dual form of TTT and Titans).
 
 Shapes: N chunks, R rows, C chunk, H heads, K key dim, V value dim, E hidden dim.
 """
@@ -67,12 +67,11 @@ def decay_shares(tokens: Tokens, with_momentum: bool) -> Shares:
 
     B holds the products of retentions between two tokens, E those of momenta.
     """
-    kept = decay_matrix(tokens.retention)
-    kept_since = kept[..., 0] * tokens.retention[..., :1]
+    factors = (tokens.retention, tokens.momentum) if with_momentum else (tokens.retention,)
+    between, since = _decays(jnp.stack(factors))
     if not with_momentum:
-        return Shares((kept_since,), kept, (kept[..., -1, :],), None)
-    pushed = decay_matrix(tokens.momentum)
-    pushed_since = pushed[..., 0] * tokens.momentum[..., :1]
+        return Shares((since[0],), between[0], (between[0, ..., -1, :],), None)
+    (kept, pushed), (kept_since, pushed_since) = between, since
     # Where nothing is written the momentum stays, and does not move the weights.
     moved = kept if tokens.live is None else kept * tokens.live[..., None, :]
     between = jnp.matmul(moved, pushed, precision="highest")
@@ -83,6 +82,12 @@ def decay_shares(tokens: Tokens, with_momentum: bool) -> Shares:
         (between[..., -1, :], pushed[..., -1, :]),
         pushed_since[..., -1],
     )
+
+
+def _decays(factors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the products of factors [..., C] between two tokens [..., C, C], and from the chunk's start."""
+    between = decay_matrix(factors)
+    return between, between[..., 0] * factors[..., :1]
 
 
 def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -168,7 +173,9 @@ def _rows(state: OnlineState) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, .
     return tuple(tree[0] for tree in trees), tuple(tree[1] for tree in trees)
 
 
-def _advance(rows: tuple[jax.Array, ...], written: tuple[jax.Array, ...], shares: Shares):
+def _advance(
+    rows: tuple[jax.Array, ...], written: tuple[jax.Array, ...], shares: Shares
+) -> tuple[jax.Array, ...]:
     """Return a layer's (weights, momentum) at the chunk's end from those at its start and what is written."""
     ends = [share[..., -1][..., None, None] for share in shares.read]
     moved = [end * row for end, row in zip(ends, rows, strict=True)]

@@ -46,14 +46,15 @@ def deep_memory(
     def fill(x: jax.Array | None, neutral: float, *dims: int) -> jax.Array:
         return jnp.full((batch, count, heads, *dims), neutral, dtype) if x is None else x.astype(dtype)
 
-    position = jnp.arange(count, dtype=jnp.int32)
+    segments = -(-count // segment_length)
+    position = jnp.arange(segments * segment_length, dtype=jnp.int32)
     ends = jnp.full((batch,), count, jnp.int32) if lengths is None else lengths
     live = position[None] < ends[:, None]
     chunk_start = position % chunk_length == 0
     restart = jnp.zeros_like(live)
     if document_ids is not None:
-        restart = restart.at[:, 1:].set(document_ids[:, 1:] != document_ids[:, :-1])
-        restart = restart & live & chunk_start[None]
+        changed = document_ids[:, 1:] != document_ids[:, :-1]
+        restart = restart.at[:, 1:count].set(changed) & live & chunk_start[None]
     if segment_init == "independent":
         restart = restart | (position % segment_length == 0)[None]
 
@@ -73,7 +74,17 @@ def deep_memory(
         state = select_rows(live, written, state)
         hidden = jax.nn.gelu(gate[..., None] * _product(q, state.weights[0]) + bias, approximate=True)
         branch = gate[..., None] * _product(hidden, state.weights[1])
-        return (state, select_rows(live, state, final)), (branch, hidden if soup else None, state.weights)
+        return (state, select_rows(live, state, final)), (branch, hidden if soup else None)
+
+    def segment(carry, inputs):
+        carry, outputs = jax.lax.scan(token, carry, inputs)
+        return carry, (outputs, carry[0].weights)
+
+    def cut(x: jax.Array) -> jax.Array:
+        """Turn [B, T or S * L, ...] into [S, L, B, ...]."""
+        padding = [(0, 0), (0, position.size - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, padding).reshape(batch, segments, segment_length, *x.shape[2:])
+        return jnp.moveaxis(x, 0, 2)
 
     inputs = (
         *(x.astype(dtype) for x in (q, k, v)),
@@ -85,16 +96,17 @@ def deep_memory(
         live,
         restart,
     )
-    inputs = (*(jnp.moveaxis(x, 1, 0) for x in inputs), chunk_start)
-    (_, final), outputs = jax.lax.scan(token, (start, start), inputs)
-    branch, hidden, states = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
+    inputs = (*map(cut, inputs), chunk_start.reshape(segments, segment_length))
+    (_, final), ((branch, hidden), states) = jax.lax.scan(segment, (start, start), inputs)
+    states = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), states)
 
-    segments = -(-count // segment_length)
-    last = [min((segment + 1) * segment_length, count) - 1 for segment in range(segments)]
-    states = jax.tree.map(lambda x: x[:, jnp.array(last)], states)
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(position.size, *x.shape[2:]), 0, 1)
+        return x[:, :count].astype(q.dtype)
+
     anchor = select_rows(ends % chunk_length == 0, final.weights, final.anchor)
     final = OnlineState(weights=final.weights, momentum=final.momentum, anchor=anchor)
-    return branch.astype(q.dtype), states, final, None if hidden is None else hidden.astype(q.dtype)
+    return join(branch), states, final, None if hidden is None else join(hidden)
 
 
 def _gradient(objective: str):

@@ -78,8 +78,7 @@ def deep_memory(
         return state, (jax.tree.map(_chunks_last, outputs), state.weights)
 
     final, ((branch, hidden), states) = jax.lax.scan(segment, start, tokens)
-    join = lambda x: grid.join(x, independent)[:, :count]  # noqa: E731
-    branch, hidden = jax.tree.map(join, (branch, hidden))
+    branch, hidden = jax.tree.map(lambda x: grid.join(x, independent)[:, :count], (branch, hidden))
     if independent:
         states = jax.tree.map(lambda x: x.reshape(batch, grid.segments, *x.shape[2:]), states)
     else:

@@ -42,10 +42,9 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def _command(workplace: pathlib.Path, name: str) -> list[str]:
+def _command(name: str) -> list[str]:
     return [
-        sys.executable, "-m", "mc_jax.cli", "train", str(workplace / "tiny.py"),
-        "--runs-dir", str(workplace / "runs"), "--name", name,
+        sys.executable, "-m", "mc_jax.cli", "train", "tiny.py", "--runs-dir", "runs", "--name", name,
     ]  # fmt: skip
 
 
@@ -64,11 +63,12 @@ def _held_out(run: pathlib.Path) -> dict:
 
 
 def test_a_run_killed_half_way_ends_as_one_that_was_not(workplace):
-    subprocess.run(_command(workplace, "whole"), env=_environment(), check=True, capture_output=True)
+    subprocess.run(_command("whole"), cwd=workplace, env=_environment(), check=True, capture_output=True)
 
     killed = workplace / "runs" / "killed"
     process = subprocess.Popen(
-        _command(workplace, "killed"),
+        _command("killed"),
+        cwd=workplace,
         env=_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -85,7 +85,7 @@ def test_a_run_killed_half_way_ends_as_one_that_was_not(workplace):
     reached = len(_lines(killed))
     assert 10 <= reached < 40, f"the kill came at step {reached}, too early or too late to tell anything"
 
-    subprocess.run(_command(workplace, "killed"), env=_environment(), check=True, capture_output=True)
+    subprocess.run(_command("killed"), cwd=workplace, env=_environment(), check=True, capture_output=True)
     whole = workplace / "runs" / "whole"
     same = [{k: line[k] for k in ("step", "tokens", "loss", "grad_norm")} for line in _steps(whole)]
     assert [{k: line[k] for k in same[0]} for line in _steps(killed)] == same
@@ -102,7 +102,7 @@ def test_a_finished_run_started_again_trains_no_more_but_reports_again(workplace
     run = workplace / "runs" / "whole"
     before = (run / "metrics.jsonl").read_text()
     (run / "report.html").unlink()
-    subprocess.run(_command(workplace, "whole"), env=_environment(), check=True, capture_output=True)
+    subprocess.run(_command("whole"), cwd=workplace, env=_environment(), check=True, capture_output=True)
     assert (run / "metrics.jsonl").read_text() == before
     assert (run / "report.html").exists()
 
@@ -111,7 +111,8 @@ def test_a_folder_with_another_run_is_refused_with_the_differences(workplace):
     run = workplace / "runs" / "whole"
     before = (run / "config.json").read_text()
     refused = subprocess.run(
-        [*_command(workplace, "whole"), "--training.learning-rate", "0.5"],
+        [*_command("whole"), "--training.learning-rate", "0.5"],
+        cwd=workplace,
         env=_environment(),
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
-from mc_jax.training.optimizer import learning_rate, make_optimizer
+from mc_jax.training.optimizer import annealed_top_k, learning_rate, make_optimizer
 from mc_jax.training.run import new_state
 from mc_jax.training.step import make_step, merge_model
 
@@ -104,8 +104,8 @@ def test_weight_decay_falls_on_matrices_alone():
         if np.any(update)
     }
     assert "embedding" in decayed
-    assert "blocks.mixer.query.kernel" in decayed
-    assert "blocks.mlp.output.kernel" in decayed
+    assert "blocks_0.mixer.query.kernel" in decayed
+    assert "blocks_0.mlp.output.kernel" in decayed
     assert not [name for name in decayed if name.split(".")[-1] not in ("kernel", "embedding")]
 
 
@@ -117,3 +117,13 @@ def test_learning_rate_warms_up_and_ends_where_it_should(step, expected):
 def test_learning_rate_falls_after_the_warm_up():
     rates = [learning_rate(CONFIG.training, step) for step in range(5, 31)]
     assert all(later < earlier for earlier, later in itertools.pairwise(rates))
+
+
+def test_annealed_top_k_falls_from_all_memories_of_a_row_to_its_own():
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, aggregation="sparse", top_k=1),
+        data=DataConfig(context_length=64),
+        training=dataclasses.replace(CONFIG.training, top_k_anneal_steps=10),
+    )
+    assert [annealed_top_k(config, step) for step in (0, 5, 10, 30)] == [8, 4, 1, 1]

@@ -30,6 +30,11 @@ class Selection(NamedTuple):
     indices: jax.Array
     """[B, T, H, k], int32: which ones."""
 
+    def dense(self, states: int) -> Gates:
+        """The same as gates on all of `states` cached ones."""
+        chosen = jax.nn.one_hot(self.indices, states, dtype=self.cached.dtype)
+        return Gates(self.online, jnp.einsum("bthk,bthkn->bthn", self.cached, chosen))
+
 
 class Scores(NamedTuple):
     """What the router says of a token's memories."""
