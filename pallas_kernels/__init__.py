@@ -2,8 +2,14 @@
 
 from pallas_kernels.chunk_memory import chunk_memory, memory_step
 from pallas_kernels.deep_memory import deep_memory, deep_memory_step
+from pallas_kernels.routed_read import routed_state_read
 from pallas_kernels.state_read import gated_state_read
 
-routed_state_read = None
-
-__all__ = ["chunk_memory", "deep_memory", "deep_memory_step", "gated_state_read", "memory_step"]
+__all__ = [
+    "chunk_memory",
+    "deep_memory",
+    "deep_memory_step",
+    "gated_state_read",
+    "memory_step",
+    "routed_state_read",
+]

@@ -118,7 +118,10 @@ def test_the_default_config_is_valid():
         ({"model__num_layers": "four"}, "model.num_layers is 'four'; set it to an integer"),
         ({"model__num_layers": True}, "model.num_layers is True; set it to an integer"),
         ({"model__tie_embeddings": 1}, "model.tie_embeddings is 1; set it to True or False"),
-        ({"model__memory": "liner"}, "model.memory is 'liner'; set it to 'linear'"),
+        (
+            {"model__memory": "liner"},
+            "model.memory is 'liner'; set it to 'linear' or 'swla' or 'delta' or 'dla' or 'titans'",
+        ),
         (
             {"training__compute_dtype": "float16"},
             "training.compute_dtype is 'float16'; set it to 'float32' or 'bfloat16' or None",

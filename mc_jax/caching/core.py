@@ -187,7 +187,7 @@ def forward(
         gates = choose(settings, scores, eligible, cached, top_k)
     mixable = _mixable(settings, memory)
     if mixable is None:
-        y = combine(memory, q, run.reads, gates, run.segment_states)
+        y = combine(memory, q, run.reads, gates, run.segment_states, settings.segment_length)
     else:
         assert isinstance(gates, Gates)
         y = mixable.run_mixed(q, k, v, coefficients, layout, *gates, run.segment_states)
@@ -257,7 +257,7 @@ def decode(
     mixable = _mixable(settings, memory)
     if mixable is None:
         read, online = memory.step(cache.online, q, k, v, coefficients, chunk_start)
-        y = combine(memory, q[:, None], read[:, None], gates, states)[:, 0]
+        y = combine(memory, q[:, None], read[:, None], gates, states, None)[:, 0]
     else:
         assert isinstance(gates, Gates)
         y, online = mixable.step_mixed(

@@ -78,9 +78,17 @@ def choose(
 
 
 def combine(
-    memory: Memory, q: jax.Array, online_read: jax.Array, gates: Gates | Selection | None, states: Weights
+    memory: Memory,
+    q: jax.Array,
+    online_read: jax.Array,
+    gates: Gates | Selection | None,
+    states: Weights,
+    segment_length: int | None,
 ) -> jax.Array:
-    """The weighted sum of all queried memories [B, T, H, V] (MC eq. 8), in the dtype of states."""
+    """The weighted sum of all queried memories [B, T, H, V] (MC eq. 8), in the dtype of states.
+
+    A `segment_length` promises that token t reads only states n < t // segment_length.
+    """
     dtype = jax.tree.leaves(states)[0].dtype
     y = online_read.astype(dtype)
     if gates is not None:
@@ -89,7 +97,7 @@ def combine(
         if isinstance(gates, Selection):
             read = memory.read_selected(q, cached, gates.indices, states)
         else:
-            read = memory.read(q, cached, states)
+            read = memory.read(q, cached, states, segment_length)
         y = y + read.astype(dtype)
     skip = memory.skip(q)
     return y if skip is None else y + skip.astype(dtype)

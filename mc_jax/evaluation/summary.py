@@ -67,7 +67,9 @@ def router_picture(run: Run) -> RouterPicture | None:
     """
     if run.dataset.held_out is None or not AGGREGATIONS[run.config.model.aggregation].uses_router:
         return None
-    tokens = run.dataset.held_out.document(0)[: run.config.data.context_length]
+    store = run.dataset.held_out
+    length = min(run.config.data.context_length, len(store.document(0)) + 1)
+    tokens = store.sequence(0, 0, length)
     gates = run.model.read_gates(jnp.asarray(tokens, jnp.int32)[None])
     assert gates is not None
     shares = np.concatenate([np.asarray(gates.cached), np.asarray(gates.online)[..., None]], axis=-1)

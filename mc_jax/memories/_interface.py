@@ -85,8 +85,11 @@ class Memory(Protocol):
         """Write one token a row [B, H, dim], then query; chunk_start [B] marks the first of a chunk."""
         ...
 
-    def read(self, q: jax.Array, gates: jax.Array, states: Weights) -> jax.Array:
-        """sum_n gates[..., n] M_n(q): [B, T, H, V] from gates [B, T, H, N] and states [B, N, H, ...]."""
+    def read(self, q: jax.Array, gates: jax.Array, states: Weights, segment_length: int | None) -> jax.Array:
+        """sum_n gates[..., n] M_n(q): [B, T, H, V] from gates [B, T, H, N] and states [B, N, H, ...].
+
+        A `segment_length` promises that token t reads only states n < t // segment_length.
+        """
         ...
 
     def read_selected(self, q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:

@@ -36,9 +36,9 @@ class MatrixMemory:
         """Write and query one token a row."""
         return memory_step(state, q, k, v, rule=self.rule, **coefficients._asdict(), chunk_start=chunk_start)
 
-    def read(self, q: jax.Array, gates: jax.Array, states: Weights) -> jax.Array:
+    def read(self, q: jax.Array, gates: jax.Array, states: Weights, segment_length: int | None) -> jax.Array:
         """The gated sum of all states' reads."""
-        return gated_state_read(q, gates, states)
+        return gated_state_read(q, gates, states, segment_length=segment_length)
 
     def read_selected(self, q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
         """The gated sum of the selected states' reads."""

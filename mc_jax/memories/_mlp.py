@@ -39,9 +39,9 @@ class MlpMemory:
         )
         return found[0], found[1]
 
-    def read(self, q: jax.Array, gates: jax.Array, states: Weights) -> jax.Array:
+    def read(self, q: jax.Array, gates: jax.Array, states: Weights, segment_length: int | None) -> jax.Array:
         """The gated sum of all states' branches."""
-        return gated_state_read(q, gates, states)
+        return gated_state_read(q, gates, states, segment_length=segment_length)
 
     def read_selected(self, q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
         """The gated sum of the selected states' branches."""
@@ -68,7 +68,7 @@ class MlpMemory:
         time: the first time gave the states that are mixed in here.
         """
         w_in, w_out = states
-        cached = gated_state_read(q, gates, w_in)
+        cached = gated_state_read(q, gates, w_in, segment_length=layout.segment_length)
         found: Any = deep_memory(
             q,
             k,
@@ -80,7 +80,8 @@ class MlpMemory:
             **layout.arguments(),
         )
         branch, hidden = found[0], found[-1]
-        return q + branch + gated_state_read(hidden, gates, w_out)
+        cached = gated_state_read(hidden, gates, w_out, segment_length=layout.segment_length)
+        return q + branch + cached
 
     def step_mixed(
         self,

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D model dim, H heads, K head dim (key, value and rout
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -94,11 +95,16 @@ class MemoryCaching(nnx.Module):
         self.initial = _InitialMlp(num_heads, head_dim, rngs) if mlp else None
         names = memory_for(settings.memory, self._initial_state()).coefficients
 
-        def fraction(name: str) -> _Fraction | None:
-            return _Fraction(model_dim, num_heads, rngs) if name in names else None
+        # A chunk of these is one gradient step of all its tokens: with steps of 1/2 each it would diverge.
+        # Momentum 1/2 doubles what a token writes, so the whole chunk's step starts at 1.
+        takes_gradients = mlp or settings.memory == "titans"
+        first_step = 0.5 / settings.chunk_length if takes_gradients else 0.5
+
+        def fraction(name: str, start: float = 0.5) -> _Fraction | None:
+            return _Fraction(model_dim, num_heads, start, rngs) if name in names else None
 
         self.retention = _Retention(model_dim, num_heads, rngs) if "retention" in names else None
-        self.step_size = fraction("step")
+        self.step_size = fraction("step", first_step)
         self.momentum = fraction("momentum")
         self.previous_step = fraction("previous_step")
         uses_router = AGGREGATIONS[settings.aggregation].uses_router
@@ -203,10 +209,11 @@ class _Retention(nnx.Module):
 
 
 class _Fraction(nnx.Module):
-    """sigmoid(W x + bias), in float32."""
+    """sigmoid(W x + bias), in float32; the bias alone gives `start`."""
 
-    def __init__(self, model_dim: int, num_heads: int, rngs: nnx.Rngs):
+    def __init__(self, model_dim: int, num_heads: int, start: float, rngs: nnx.Rngs):
         self.map = nnx.Linear(model_dim, num_heads, dtype=jnp.float32, rngs=rngs)
+        self.map.bias = nnx.Param(jnp.full((num_heads,), math.log(start / (1 - start))))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return nnx.sigmoid(self.map(x))

@@ -6,9 +6,9 @@ R rows, N chunks, H heads, C chunk, K key dim, V value dim.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._chunks import Tokens, product, scaled
+from pallas_kernels._decay import decay_matrix
 from pallas_kernels._state import OnlineState
-from pallas_kernels.chunk_memory._chunks import Tokens, product, scaled
-from pallas_kernels.chunk_memory._decay import decay_matrix
 
 
 def linear_segment(state: OnlineState, tokens: Tokens, initial: jax.Array) -> tuple[OnlineState, jax.Array]:

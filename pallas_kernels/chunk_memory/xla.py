@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._chunks import Grid, Tokens, heads_first
 from pallas_kernels._state import (
     OnlineState,
     batch_weights,
@@ -17,7 +18,6 @@ from pallas_kernels._state import (
     select_rows,
     state_dtype,
 )
-from pallas_kernels.chunk_memory._chunks import Grid, Tokens, heads_first
 from pallas_kernels.chunk_memory._delta import delta_segment
 from pallas_kernels.chunk_memory._linear import linear_segment
 from pallas_kernels.chunk_memory._titans import titans_segment

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels._decay import decay_matrix
 from pallas_kernels._state import OnlineState, select_rows
-from pallas_kernels.chunk_memory._decay import decay_matrix
 from pallas_kernels.deep_memory._products import apply, apply_transposed, decayed_apply, decayed_outer
 
 # Of a chunk only these are kept for its gradient, with the state it starts from; what lies between them is

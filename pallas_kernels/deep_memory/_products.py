@@ -13,18 +13,26 @@ import jax.numpy as jnp
 from pallas_kernels._state import state_dtype
 
 
+def _precision(dtype: jnp.dtype) -> str | None:
+    """Return what keeps a product from being rounded to bfloat16, as accelerators do with float32."""
+    return None if dtype == jnp.bfloat16 else "highest"
+
+
 def _matmul(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Return left right, both rounded to `dtype` and not further."""
     left, right = left.astype(dtype), right.astype(dtype)
-    return jnp.matmul(left, right, precision="highest", preferred_element_type=state_dtype(left))
+    return jnp.matmul(left, right, precision=_precision(dtype), preferred_element_type=state_dtype(left))
 
 
 def _matmul_transposed(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Return left right^T, both rounded to `dtype` and not further."""
     left, right = left.astype(dtype), right.astype(dtype)
-    accumulated = state_dtype(left)
     return jnp.einsum(
-        "...ck,...ek->...ce", left, right, precision="highest", preferred_element_type=accumulated
+        "...ck,...ek->...ce",
+        left,
+        right,
+        precision=_precision(dtype),
+        preferred_element_type=state_dtype(left),
     )
 
 

@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._chunks import Grid
 from pallas_kernels._state import (
     OnlineState,
     batch_weights,
@@ -21,7 +22,6 @@ from pallas_kernels._state import (
     select_rows,
     state_dtype,
 )
-from pallas_kernels.chunk_memory._chunks import Grid
 from pallas_kernels.deep_memory._chunk import Tokens, run_chunks
 
 _BLOCK_CHUNKS = 8

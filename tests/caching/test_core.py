@@ -1,6 +1,7 @@
 """The functional core against the token-by-token reference of MATH.md, values and gradients in float64."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 from caching_arguments import AGGREGATIONS, CHUNK, MEMORIES, NAMES, ROUTER, SEGMENT, arguments
 from reference.mc_reference import memory_caching_reference
 
-from mc_jax.caching import memory_caching
+from mc_jax.caching import Routing, Settings, forward, memory_caching
+from mc_jax.memories import Coefficients
 
 SLOW_BUT_ONE = [MEMORIES[0], *(pytest.param(*memory, marks=pytest.mark.slow) for memory in MEMORIES[1:])]
 
@@ -126,3 +128,66 @@ def test_float32_agrees_to_its_own_rounding():
         settings |= {"chunk_length": CHUNK, **AGGREGATIONS[aggregation]}
         found = arguments(memory, False, aggregation, dtype=jnp.float32)
         compare(settings, found, tolerance=1e-5, gradient_tolerance=1e-4)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("memory", "mlp"), [MEMORIES[0], MEMORIES[-1]], ids=[NAMES[0], NAMES[-1]])
+def test_tokens_grouped_by_state_read_what_the_dense_form_reads(memory, mlp):
+    found = arguments(memory, mlp, "sparse", length=45)
+    coefficients = Coefficients(**{name: found.get(name) for name in Coefficients._fields})
+
+    def read(form):
+        settings = Settings(
+            memory=memory,
+            aggregation="sparse",
+            top_k=2,
+            segment_length=SEGMENT,
+            chunk_length=CHUNK,
+            selected_read=form,
+        )
+
+        def loss(q, u, initial_state):
+            routing = Routing(u, found["router_keys"], found["online_logit"])
+            output = forward(
+                q, found["k"], found["v"], routing, coefficients, settings, initial_state=initial_state
+            )
+            return jnp.sum(jnp.sin(output.y))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+
+    inputs = (found["q"], found["u"], found["initial_state"])
+    for got, right in zip(
+        jax.tree.leaves(read("grouped")(*inputs)), jax.tree.leaves(read("dense")(*inputs)), strict=True
+    ):
+        assert error(got, right) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory": "lstm"}, "unknown memory 'lstm'; choose from linear"),
+        ({"aggregation": "sparse"}, "set top_k to 1 or more"),
+        ({"top_k": 2}, "top_k has no effect with aggregation 'gated'"),
+        ({"chunk_length": 3}, "chunk_length 3 does not divide segment_length 8"),
+        ({"segmentation": "logarithmic", "router_blocks": 2}, "set router_blocks to 1"),
+        (
+            {"memory": "delta", "segmentation": "logarithmic", "segment_init": "independent"},
+            "set segment_init to 'checkpoint'",
+        ),
+        ({"aggregation": "residual"}, "u has no effect with aggregation 'residual'"),
+        ({"u": None}, "give its queries u"),
+        ({"momentum": True}, "momentum has no effect on memory 'linear'"),
+        ({"initial_state": True}, "memory 'linear' is a matrix"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_defined_is_refused_with_the_cure(changes, message):
+    found = arguments("linear", False, "gated", length=9, dtype=jnp.float32)
+    replaced = {
+        "momentum": found["step"],
+        "initial_state": (found["initial_state"], found["initial_state"]),
+    }
+    changes = {name: replaced[name] if value is True else value for name, value in changes.items()}
+    settings = {"aggregation": "gated", "segment_length": SEGMENT, "chunk_length": CHUNK}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        memory_caching(**{**found, **settings, **changes})

@@ -1,4 +1,4 @@
-"""One token at a time must give what the parallel form gives, in rows of different lengths, past segment ends."""
+"""One token at a time gives what the parallel form gives, in rows of different lengths, past segment ends."""
 
 import functools
 

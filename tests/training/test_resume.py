@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("resume")  # one worker: they share a run
+
 RECIPE = '''
 """A run of seconds, for tests."""
 from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
@@ -42,6 +44,13 @@ def workplace(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(workplace):
+    """The folder of a run that nothing disturbed."""
+    subprocess.run(_command("whole"), cwd=workplace, env=_environment(), check=True, capture_output=True)
+    return workplace / "runs" / "whole"
+
+
 def _command(name: str) -> list[str]:
     return [
         sys.executable, "-m", "mc_jax.cli", "train", "tiny.py", "--runs-dir", "runs", "--name", name,
@@ -62,9 +71,7 @@ def _held_out(run: pathlib.Path) -> dict:
     return evaluate_run(run)
 
 
-def test_a_run_killed_half_way_ends_as_one_that_was_not(workplace):
-    subprocess.run(_command("whole"), cwd=workplace, env=_environment(), check=True, capture_output=True)
-
+def test_a_run_killed_half_way_ends_as_one_that_was_not(workplace, whole):
     killed = workplace / "runs" / "killed"
     process = subprocess.Popen(
         _command("killed"),
@@ -86,7 +93,6 @@ def test_a_run_killed_half_way_ends_as_one_that_was_not(workplace):
     assert 10 <= reached < 40, f"the kill came at step {reached}, too early or too late to tell anything"
 
     subprocess.run(_command("killed"), cwd=workplace, env=_environment(), check=True, capture_output=True)
-    whole = workplace / "runs" / "whole"
     same = [{k: line[k] for k in ("step", "tokens", "loss", "grad_norm")} for line in _steps(whole)]
     assert [{k: line[k] for k in same[0]} for line in _steps(killed)] == same
     assert _held_out(killed) == _held_out(whole)
@@ -98,18 +104,16 @@ def _lines(run: pathlib.Path) -> list[str]:
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
-def test_a_finished_run_started_again_trains_no_more_but_reports_again(workplace):
-    run = workplace / "runs" / "whole"
-    before = (run / "metrics.jsonl").read_text()
-    (run / "report.html").unlink()
+def test_a_finished_run_started_again_trains_no_more_but_reports_again(workplace, whole):
+    before = (whole / "metrics.jsonl").read_text()
+    (whole / "report.html").unlink()
     subprocess.run(_command("whole"), cwd=workplace, env=_environment(), check=True, capture_output=True)
-    assert (run / "metrics.jsonl").read_text() == before
-    assert (run / "report.html").exists()
+    assert (whole / "metrics.jsonl").read_text() == before
+    assert (whole / "report.html").exists()
 
 
-def test_a_folder_with_another_run_is_refused_with_the_differences(workplace):
-    run = workplace / "runs" / "whole"
-    before = (run / "config.json").read_text()
+def test_a_folder_with_another_run_is_refused_with_the_differences(workplace, whole):
+    before = (whole / "config.json").read_text()
     refused = subprocess.run(
         [*_command("whole"), "--training.learning-rate", "0.5"],
         cwd=workplace,
@@ -122,4 +126,4 @@ def test_a_folder_with_another_run_is_refused_with_the_differences(workplace):
     assert "training.learning_rate 0.01 there, 0.5 here" in refused.stderr
     assert "--overwrite" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
-    assert (run / "config.json").read_text() == before
+    assert (whole / "config.json").read_text() == before

@@ -1,0 +1,73 @@
+"""Reading cached states sparsely: every query reads the few states that are chosen for it."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._state import Weights
+from pallas_kernels.routed_read import reference, xla
+
+__all__ = ["routed_state_read"]
+
+_IMPLEMENTATIONS = {
+    "reference": reference.routed_state_read,
+    "gather": xla.gather,
+    "blocks": xla.in_blocks,
+    "ragged_dot": xla.by_ragged_dot,
+    None: xla.routed_state_read,
+}
+
+
+def routed_state_read(
+    q: jax.Array,
+    gates: jax.Array,
+    indices: jax.Array,
+    states: Weights,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """sum_j gates[..., j] M_{indices[..., j]}(q): the read of MC eq. 17, at the cost of k reads a token.
+
+    M(q) is q M of a matrix; of an MLP the branch gelu(q W_in) W_out, without its skip term. Tokens that read
+    the same state are brought together, so that there are only matrix products.
+
+    Args:
+      q: queries [batch, length, heads, key_dim].
+      gates: weights [batch, length, heads, k], float32; 0 where there is nothing to read.
+      indices: which states [batch, length, heads, k], int32, all in [0, states) whatever their gates; a
+        state chosen twice is read twice.
+      states: cached matrices [batch, states, heads, key_dim, value_dim], or of MLPs the pair (w_in [batch,
+        states, heads, key_dim, hidden], w_out [batch, states, heads, hidden, value_dim]).
+      implementation: "gather", "blocks", "ragged_dot" or "reference"; None picks the best for the platform
+        that the program is compiled for.
+
+    Returns:
+      [batch, length, heads, value_dim] of q's dtype.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, no states, or an unknown implementation.
+    """
+    batch, length, heads, key_dim = q.shape
+    if gates.shape != indices.shape or gates.ndim != 4 or gates.shape[:3] != (batch, length, heads):
+        raise ValueError(
+            f"gates {gates.shape} and indices {indices.shape} do not fit q {q.shape}; "
+            "give both as [batch, length, heads, k]"
+        )
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(f"indices are {indices.dtype}; give integers")
+    w_in, w_out = states if isinstance(states, tuple) else (states, None)
+    # w_in may have any number of states but none; the other axes are fixed.
+    fixed = (w_in.shape[0], *w_in.shape[2:4])
+    if w_in.ndim != 5 or w_in.shape[1] == 0 or fixed != (batch, heads, key_dim):
+        raise ValueError(
+            f"states {w_in.shape} do not fit q {q.shape}; "
+            "give [batch, states, heads, key_dim, value_dim or hidden] with 1 state or more"
+        )
+    if w_out is not None and w_out.shape[:-1] != (*w_in.shape[:3], w_in.shape[4]):
+        raise ValueError(
+            f"w_out {w_out.shape} does not fit w_in {w_in.shape}; "
+            "give [batch, states, heads, hidden, value_dim]"
+        )
+    if implementation not in _IMPLEMENTATIONS:
+        names = ", ".join(name for name in _IMPLEMENTATIONS if name)
+        raise ValueError(f"unknown implementation {implementation!r}; choose from {names}")
+    return _IMPLEMENTATIONS[implementation](q, gates, indices.astype(jnp.int32), states)
