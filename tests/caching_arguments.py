@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 SEGMENT, CHUNK = 8, 4
 HEADS, KEY, VALUE, ROUTER, HIDDEN = 2, 3, 2, 3, 5
@@ -29,6 +30,8 @@ MEMORIES = [
     ("dla", True),
     ("titans", True),
 ]
+# Each compiles for seconds, twice over: what all of them must show is shown by one where time counts.
+SLOW_BUT_ONE = [MEMORIES[0], *(pytest.param(*memory, marks=pytest.mark.slow) for memory in MEMORIES[1:])]
 NAMES = ["linear", "swla", "delta", "titans", "dla-mlp", "titans-mlp"]
 
 

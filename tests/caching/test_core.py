@@ -7,16 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from caching_arguments import AGGREGATIONS, CHUNK, MEMORIES, NAMES, ROUTER, SEGMENT, arguments
+from caching_arguments import AGGREGATIONS, CHUNK, MEMORIES, NAMES, ROUTER, SEGMENT, SLOW_BUT_ONE, arguments
 from reference.mc_reference import memory_caching_reference
 
 from mc_jax.caching import Routing, Settings, forward, memory_caching
 from mc_jax.memories import Coefficients
 
-SLOW_BUT_ONE = [MEMORIES[0], *(pytest.param(*memory, marks=pytest.mark.slow) for memory in MEMORIES[1:])]
 
-
-def compare(settings, found, tolerance=1e-9, gradient_tolerance=1e-7):
+def check_agreement(settings, found, tolerance=1e-9, gradient_tolerance=1e-7):
     """Assert that core and reference agree on these arguments: reads, cached states, all gradients."""
     fixed = {name: value for name, value in found.items() if name == "document_ids"}
     moving = {name: value for name, value in found.items() if name != "document_ids"}
@@ -73,12 +71,12 @@ def test_every_memory_and_aggregation_agrees_with_the_reference(memory, mlp, agg
         "segment_init": segment_init,
         **AGGREGATIONS[aggregation],
     }
-    compare(settings, arguments(memory, mlp, aggregation))
+    check_agreement(settings, arguments(memory, mlp, aggregation))
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("segment_init", ["checkpoint", "independent"])
-@pytest.mark.parametrize(("memory", "mlp"), MEMORIES, ids=NAMES)
+@pytest.mark.parametrize(("memory", "mlp"), SLOW_BUT_ONE, ids=NAMES)
 def test_packed_documents_agree_with_the_reference(memory, mlp, segment_init):
     settings = {
         "memory": memory,
@@ -87,7 +85,7 @@ def test_packed_documents_agree_with_the_reference(memory, mlp, segment_init):
         "chunk_length": CHUNK,
         "segment_init": segment_init,
     }
-    compare(settings, arguments(memory, mlp, "gated", length=29, documents=True))
+    check_agreement(settings, arguments(memory, mlp, "gated", length=29, documents=True))
 
 
 @pytest.mark.usefixtures("x64")
@@ -109,25 +107,24 @@ def test_every_router_form_agrees_with_the_reference(router, settings, documents
     found = arguments("linear", False, settings["aggregation"], length=61, documents=documents, router=router)
     if settings.get("segment_init") == "independent":
         del found["initial_state"]  # it would be counted once a segment: refused
-    compare(settings, found)
+    check_agreement(settings, found)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("length", [1, 3, 9, 16])
-@pytest.mark.parametrize(
-    ("memory", "mlp"), [("linear", False), ("titans", True)], ids=["linear", "mlp-titans"]
-)
+@pytest.mark.parametrize(("memory", "mlp"), [SLOW_BUT_ONE[0], SLOW_BUT_ONE[-1]], ids=[NAMES[0], NAMES[-1]])
 def test_odd_lengths_agree_with_the_reference(memory, mlp, length):
     settings = {"memory": memory, "aggregation": "gated", "segment_length": SEGMENT, "chunk_length": CHUNK}
-    compare(settings, arguments(memory, mlp, "gated", length=length))
+    check_agreement(settings, arguments(memory, mlp, "gated", length=length))
 
 
+@pytest.mark.slow
 def test_float32_agrees_to_its_own_rounding():
     for memory, aggregation in itertools.product(("linear", "titans"), ("gated", "sparse")):
         settings = {"memory": memory, "aggregation": aggregation, "segment_length": SEGMENT}
         settings |= {"chunk_length": CHUNK, **AGGREGATIONS[aggregation]}
         found = arguments(memory, False, aggregation, dtype=jnp.float32)
-        compare(settings, found, tolerance=1e-5, gradient_tolerance=1e-4)
+        check_agreement(settings, found, tolerance=1e-5, gradient_tolerance=1e-4)
 
 
 @pytest.mark.usefixtures("x64")
