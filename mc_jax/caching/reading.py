@@ -16,9 +16,9 @@ from mc_jax.memories import Memory
 from pallas_kernels._state import Weights
 
 # From how many cached states for each selected one on, tokens are grouped by state, and not all states read
-# with most gates zero. Not measured yet: arithmetic puts it at 7 to 13 on accelerators, and on a CPU, where
-# sorting and copying cost more, higher.
-GROUPED_FROM = 32
+# with most gates zero. Measured on two CPU cores, forward and backward (WORKSPACE.md): both take as long at 3
+# to 6, whatever the dims and top_k; arithmetic puts it at 7 to 13 on accelerators.
+GROUPED_FROM = 8
 
 
 class Routing(NamedTuple):

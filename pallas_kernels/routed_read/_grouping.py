@@ -3,7 +3,7 @@
 A pair is one (token, choice), numbered token * k + choice. Every pair has a row, those of a state side by
 side, with empty rows where a state's pairs have to fill whole blocks.
 
-Shapes: B batch, T tokens, H heads, N states, k choices, P = T k pairs, R rows, D any dim.
+Shapes: T tokens, N states, k choices, P = T k pairs, R rows, D any dim, G lists of pairs.
 """
 
 import functools
@@ -17,60 +17,48 @@ class Grouping(NamedTuple):
     """Where pairs lie."""
 
     pair: jax.Array
-    """The pair in each row [B, H, R]; in an empty row any pair."""
+    """The pair in each row [R]; in an empty row any pair."""
     row: jax.Array
-    """The row of each pair [B, H, P]."""
+    """The row of each pair [P]."""
     filled: jax.Array
-    """Whether there is a pair in a row [B, H, R]."""
+    """Whether there is a pair in a row [R]."""
 
 
 def group(indices: jax.Array, states: int) -> tuple[Grouping, jax.Array]:
-    """Lay pairs out without empty rows.
+    """Lay the pairs of several lists out one list after the other, without empty rows.
 
     Args:
-      indices: the state that each pair reads [B, H, P].
-      states: how many states there are.
+      indices: the state that each pair reads [G, P], int32, of its own list's states.
+      states: how many states each list has.
 
     Returns:
-      The grouping, R = P, and how many pairs each state has [B, H, N].
+      The grouping of all G P pairs, and how many pairs each state has [G, N].
     """
-    order, row, start = _by_head(functools.partial(_sort, states=states))(indices)
-    return Grouping(order, row, jnp.ones(order.shape, bool)), jnp.diff(start, axis=-1)
+    lists, pairs = indices.shape
+    order, place, start = jax.vmap(functools.partial(_sort, states=states))(indices)
+    offset = pairs * jnp.arange(lists, dtype=jnp.int32)[:, None]
+    pair, row = (order + offset).reshape(-1), (place + offset).reshape(-1)
+    return Grouping(pair, row, jnp.ones(pair.shape, bool)), jnp.diff(start, axis=1)
 
 
 def group_in_blocks(indices: jax.Array, states: int, block: int) -> tuple[Grouping, jax.Array]:
-    """Lay pairs out in blocks of `block` rows, all rows of a block for one state.
+    """Lay pairs out in blocks of rows, all rows of a block for one state.
 
     Args:
-      indices: the state that each pair reads [B, H, P].
+      indices: the state that each pair reads [P], int32.
       states: how many states there are.
       block: rows of a block.
 
     Returns:
-      The grouping, R a multiple of `block`, and the state of each block [B, H, R / block].
+      The grouping, R a multiple of `block`, and the state of each block [R / block].
     """
-    return _by_head(functools.partial(_group_head_in_blocks, states=states, block=block))(indices)
-
-
-def _by_head(function):
-    return jax.vmap(jax.vmap(function))
-
-
-def _sort(indices, states):
-    """The pairs by state, the place of each pair among them, and where each state starts, with the end."""
-    order = jnp.argsort(indices)
-    start = jnp.searchsorted(indices[order], jnp.arange(states + 1, dtype=indices.dtype))
-    return tuple(x.astype(jnp.int32) for x in (order, jnp.argsort(order), start))
-
-
-def _group_head_in_blocks(indices, states, block):
     pairs = indices.shape[0]
     order, place, start = _sort(indices, states)
     count = jnp.diff(start)
     blocks = -(-count // block)
     end = jnp.cumsum(blocks, dtype=jnp.int32)
     first = end - blocks
-    # No more blocks than this, whatever the choice: one a state may be part empty.
+    # However the pairs are spread, there are no more blocks than this: a state has at most one short one.
     most = (pairs + min(states, pairs) * (block - 1)) // block
     number = jnp.arange(most, dtype=jnp.int32)
     state = jnp.minimum(jnp.searchsorted(end, number, side="right"), states - 1)
@@ -81,9 +69,16 @@ def _group_head_in_blocks(indices, states, block):
     return Grouping(pair, row, filled), state
 
 
+def _sort(indices, states):
+    """The pairs by state, the place of each pair among them, and where each state starts, with the end."""
+    order = jnp.argsort(indices)
+    start = jnp.searchsorted(indices[order], jnp.arange(states + 1, dtype=indices.dtype))
+    return tuple(x.astype(jnp.int32) for x in (order, jnp.argsort(order), start))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def to_rows(choices: int, x: jax.Array, grouping: Grouping) -> jax.Array:
-    """Copy what belongs to tokens to the rows of their pairs: [B, H, P / choices, D] to [B, H, R, D].
+    """Copy what belongs to tokens to the rows of their pairs: [P / choices, D] to [R, D].
 
     An empty row gets something that means nothing and gives it no gradient. `choices` is k, or 1 where x has
     an entry for every pair.
@@ -93,16 +88,14 @@ def to_rows(choices: int, x: jax.Array, grouping: Grouping) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def from_rows(choices: int, rows: jax.Array, grouping: Grouping) -> jax.Array:
-    """Sum over each token's pairs what their rows have: [B, H, R, D] to [B, H, P / choices, D].
+    """Sum what the rows of each token's pairs have: [R, D] to [P / choices, D].
 
-    An empty row's gradient means nothing: weigh it with 0.
+    An empty row's gradient means nothing: weigh the row with 0.
     """
-    pairs = _take(rows, grouping.row)
-    batch, heads, count, dim = pairs.shape
-    return jnp.sum(pairs.reshape(batch, heads, count // choices, choices, dim), axis=3)
+    return jnp.sum(_take(rows, grouping.row).reshape(-1, choices, rows.shape[-1]), axis=1)
 
 
-# Each is the other's transpose but for the empty rows, so that gradients need no scatter either.
+# But for the empty rows each is the other's transpose: gradients need no scatter either.
 to_rows.defvjp(
     lambda choices, x, grouping: (to_rows(choices, x, grouping), grouping),
     lambda choices, grouping, bar: (from_rows(choices, bar, grouping), None),
@@ -114,11 +107,4 @@ from_rows.defvjp(
 
 
 def _take(x, indices):
-    # Without the barrier the CPU works the indices out again for each of a row's numbers.
-    indices = jax.lax.optimization_barrier(indices)
-    take = functools.partial(_take_of_head)
-    return _by_head(take)(x, indices)
-
-
-def _take_of_head(x, indices):
     return x.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
