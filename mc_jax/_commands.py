@@ -5,7 +5,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -117,6 +117,14 @@ class GenerateArguments:
     """Probability mass that tokens are drawn from; 1 is all of them."""
     seed: int = 0
     """Seeds the sampling."""
+    max_cached: int | None = None
+    """Places for cached memories in each layer; none: one for each segment."""
+    when_full: Literal["error", "drop-oldest"] = "error"
+    """When all places are taken: stop, or forget the oldest memory."""
+    state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Numbers that cached memories are kept as; none: as computed."""
+    place: Literal["device", "host"] = "device"
+    """Memory that cached memories lie in; host is for sparse reads."""
 
 
 def generate(arguments: Sequence[str]) -> None:
@@ -124,8 +132,15 @@ def generate(arguments: Sequence[str]) -> None:
     chosen = parse(GenerateArguments, arguments, program="mc-jax generate")
     _must_be_run(chosen.run)
 
+    from mc_jax.caching import Storage
     from mc_jax.inference.generate import generate_run
 
+    storage = Storage(
+        max_cached=chosen.max_cached,
+        when_full=chosen.when_full,
+        state_dtype=chosen.state_dtype,
+        place=chosen.place,
+    )
     continuation = generate_run(
         chosen.run,
         chosen.prompt,
@@ -133,6 +148,7 @@ def generate(arguments: Sequence[str]) -> None:
         temperature=chosen.temperature,
         top_p=chosen.top_p,
         seed=chosen.seed,
+        storage=storage,
     )
     print(chosen.prompt + continuation)
 

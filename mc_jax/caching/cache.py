@@ -12,6 +12,7 @@ from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.caching.reading import Cached
 from mc_jax.caching.router import Pooled
 from mc_jax.caching.settings import Settings
+from mc_jax.caching.storage import Storage, pack, put, put_states, to_place, unpack
 from pallas_kernels._state import OnlineState, Weights, batch_weights, select_rows
 
 
@@ -38,17 +39,20 @@ class Cache:
     segment: Segment
     """What will be cached with it."""
     cached: Cached
-    """Cached memories, oldest first; those at and past `count` are empty places."""
+    """Cached memories, the n-th in place n, or, where the oldest are dropped, n modulo capacity; their states
+    as the storage has them."""
     pooled: Pooled | None
     """Router keys of the cached memories; None where the aggregation has no router."""
     length: jax.Array
     """Tokens written so far [B], int32, counted from the row's start."""
     count: jax.Array
-    """Cached memories that may be read [B], int32."""
+    """Memories that were put into the cache [B], int32; the newest `capacity` of them are there."""
     initial: Weights | None
     """What an independent segment starts from; None: zeros."""
     settings: Settings = dataclasses.field(metadata={"static": True})
     """How the cache was written, and so how it is read."""
+    storage: Storage = dataclasses.field(default=Storage(), metadata={"static": True})
+    """How its cached memories are kept."""
 
     @property
     def capacity(self) -> int:
@@ -60,21 +64,97 @@ class Cache:
         """Bytes of all its arrays."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
-    def with_capacity(self, capacity: int) -> "Cache":
-        """The same cache with `capacity` places, so that it can grow.
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of the cached states alone, what grows with the text."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.cached.states))
+
+    def with_storage(self, storage: Storage) -> "Cache":
+        """The same memories, kept otherwise: with more places, so that the cache can grow, or with fewer.
 
         Raises:
-          ValueError: if that is fewer than there are.
+          ValueError: fewer places than there are, and the oldest must not be dropped; a storage that has no
+            effect, or that cannot be read as the settings tell.
         """
-        more = capacity - self.capacity
-        if more < 0:
-            raise ValueError(f"capacity {capacity} is less than the cache has; give {self.capacity} or more")
+        _check_storage(self.settings, storage)
+        places = self.capacity if storage.max_cached is None else storage.max_cached
+        if places < self.capacity and storage.when_full == "error":
+            raise ValueError(
+                f"max_cached {places} is less than the cache has; set it to {self.capacity} or more, "
+                "or when_full to 'drop-oldest'"
+            )
+        held = jnp.minimum(jnp.minimum(self.count, self.capacity), places)
+        age = jnp.arange(places, dtype=jnp.int32)[None]
+        # An empty place has a copy of some memory, which nothing reads.
+        number = self.count[:, None] - held[:, None] + jnp.where(age < held[:, None], age, 0)
+        source = number % max(self.capacity, 1)
 
-        def grow(leaf: jax.Array) -> jax.Array:
-            return jnp.pad(leaf, [(0, 0), (0, more)] + [(0, 0)] * (leaf.ndim - 2))
+        def move(leaf: jax.Array) -> jax.Array:
+            if not leaf.shape[1]:
+                return jnp.zeros((leaf.shape[0], places, *leaf.shape[2:]), leaf.dtype)
+            return jnp.take_along_axis(leaf, source.reshape(*source.shape, *[1] * (leaf.ndim - 2)), axis=1)
 
+        states = to_place(self.cached.states, Storage())
+        if self.storage.state_dtype != storage.state_dtype:
+            dtype = jax.tree.leaves(self.online.weights)[0].dtype
+            states = pack(unpack(states, dtype), storage)
+        cached = dataclasses.replace(self.cached, states=states)
+        cached, pooled = jax.tree.map(move, (cached, self.pooled))
+        # That places were missing is not forgotten.
+        count = held
+        if self.storage.when_full == storage.when_full == "error":
+            count = jnp.where(self.count > self.capacity, places + 1, held)
         return dataclasses.replace(
-            self, cached=jax.tree.map(grow, self.cached), pooled=jax.tree.map(grow, self.pooled)
+            self,
+            cached=dataclasses.replace(cached, states=to_place(cached.states, storage)),
+            pooled=pooled,
+            count=count,
+            storage=storage,
+        )
+
+    def by_age(self) -> tuple[jax.Array, jax.Array]:
+        """The place of each memory, oldest first [B, capacity], int32, and which of those there are, bool."""
+        held = jnp.minimum(self.count, self.capacity)[:, None]
+        age = jnp.arange(self.capacity, dtype=jnp.int32)[None]
+        place = (self.count[:, None] - held + age) % max(self.capacity, 1)
+        return place, age < held
+
+    def overflowed(self) -> jax.Array:
+        """Rows [B] that had more memories to cache than places; their reads are NaN from there on."""
+        if self.storage.when_full == "drop-oldest" or AGGREGATIONS[self.settings.aggregation].gates is None:
+            return jnp.zeros(self.count.shape, bool)
+        return self.count > self.capacity
+
+    def check(self) -> None:
+        """Refuse a cache that was too small; for use outside of compiled code.
+
+        Raises:
+          ValueError: rows that had more memories to cache than places.
+        """
+        full = [int(row) for row in jnp.flatnonzero(self.overflowed())]
+        if full:
+            raise ValueError(
+                f"the cache is full: rows {full} completed more segments than its {self.capacity} places; "
+                "set max_cached higher, or when_full to 'drop-oldest'"
+            )
+
+
+def _check_storage(settings: Settings, storage: Storage) -> None:
+    aggregation = AGGREGATIONS[settings.aggregation]
+    if aggregation.gates is None and storage != Storage():
+        raise ValueError(
+            f"a storage has no effect with aggregation {settings.aggregation!r}, which caches nothing; "
+            "leave it out"
+        )
+    if storage.when_full == "drop-oldest" and settings.segmentation == "logarithmic":
+        raise ValueError(
+            "segmentation 'logarithmic' groups all segments since the start and cannot drop the oldest; "
+            "set when_full to 'error'"
+        )
+    if storage.place == "host" and (aggregation.select is None or settings.selected_read == "dense"):
+        raise ValueError(
+            "place 'host' is for sparse reads, which fetch few states; set aggregation to 'sparse', without "
+            "a dense selected_read, or place to 'device'"
         )
 
 
@@ -114,24 +194,20 @@ def append_token(cache: Cache, online: OnlineState, segment: Segment) -> Cache:
     """
     length = cache.length + 1
     completed = length % cache.settings.segment_length == 0
-    # Rows that complete nothing write back what the place held.
-    place = jnp.minimum(cache.count, cache.capacity - 1)
-
-    def put(stored: jax.Array, new: jax.Array) -> jax.Array:
-        def put_row(row, new_row, index, write):
-            return row.at[index].set(jnp.where(write, new_row.astype(row.dtype), row[index]))
-
-        return jax.vmap(put_row)(stored, new, place, completed)
-
     cached, pooled = cache.cached, cache.pooled
-    if AGGREGATIONS[cache.settings.aggregation].gates is not None:
+    if AGGREGATIONS[cache.settings.aggregation].gates is not None and cache.capacity:
+        place = cache.count % cache.capacity
+        write = completed
+        if cache.storage.when_full == "error":
+            write = write & (cache.count < cache.capacity)
+        states = put_states(cached.states, pack(online.weights, cache.storage), place, write, cache.storage)
         tokens = jnp.sum(segment.key_count, axis=1)
-        new = Cached(online.weights, tokens, segment.log_retention)
-        cached = jax.tree.map(put, cached, new)
+        rest = put((cached.tokens, cached.log_retention), (tokens, segment.log_retention), place, write)
+        cached = Cached(states, *rest)
         if pooled is not None:
             assert segment.key_sum is not None
             mean = segment.key_sum / jnp.maximum(segment.key_count, 1)[..., None, None]
-            pooled = jax.tree.map(put, pooled, Pooled(mean, segment.key_count))
+            pooled = put(pooled, Pooled(mean, segment.key_count), place, write)
     segment = select_rows(completed, jax.tree.map(jnp.zeros_like, segment), segment)
     if cache.settings.segment_init == "independent":
         online = select_rows(completed, restart(online, cache.initial), online)

@@ -14,6 +14,7 @@ from mc_jax.caching.cache import Cache, append_token, write_segment
 from mc_jax.caching.prefill import cache_after
 from mc_jax.caching.reading import Cached, Routing, choose, combine
 from mc_jax.caching.settings import Settings
+from mc_jax.caching.storage import Storage, fetch_selected, to_place, unpack
 from mc_jax.memories import Coefficients, Layout, Memory, MixableMemory, memory_for
 from pallas_kernels._state import Weights, state_dtype
 
@@ -228,8 +229,14 @@ def decode(
       cache: from `memory_caching`, `forward` or `decode`, with a place for each segment to come.
 
     Returns:
-      y [batch, heads, value_dim] and the cache after the token. NaN in rows that ran out of places.
+      y [batch, heads, value_dim] and the cache after the token.
+
+    Raises:
+      ValueError: a row ran out of places before this token. In compiled code, which cannot raise, its reads
+        are NaN, and `Cache.check` tells.
     """
+    if not isinstance(cache.count, jax.core.Tracer):
+        cache.check()
     settings = cache.settings
     memory = _memory(settings, coefficients, cache.online.weights)
     dtype = cache.cached.tokens.dtype
@@ -248,24 +255,41 @@ def decode(
             mean = jnp.sum(segment.key_sum, axis=1) / jnp.sum(segment.key_count, axis=1)[:, None, None]
             online_logit = jnp.sum(routing.u * mean, axis=-1)
         scores = Scores(router.score(routing.u[:, None], cache.pooled), online_logit[:, None])
-    gates = None
+    gates, states = None, cache.cached.states
     if AGGREGATIONS[settings.aggregation].gates is not None:
-        eligible = jnp.arange(cache.capacity, dtype=jnp.int32)[None] < cache.count[:, None]
-        gates = choose(settings, scores, eligible[:, None], cache.cached, None)
+        gates, states = _choose_cached(cache, scores, dtype)
     chunk_start = cache.length % settings.chunk_length == 0
-    states = cache.cached.states
     mixable = _mixable(settings, memory)
     if mixable is None:
         read, online = memory.step(cache.online, q, k, v, coefficients, chunk_start)
         y = combine(memory, q[:, None], read[:, None], gates, states, None)[:, 0]
     else:
-        assert isinstance(gates, Gates)
+        assert gates is not None
         y, online = mixable.step_mixed(
             cache.online, q, k, v, coefficients, chunk_start, gates.online[:, 0], gates.cached[:, 0], states
         )
     if gates is not None:
-        y = jnp.where((cache.count > cache.capacity)[:, None, None], jnp.nan, y)
+        y = jnp.where(cache.overflowed()[:, None, None], jnp.nan, y)
     return y.astype(v.dtype), append_token(cache, online, segment)
+
+
+def _choose_cached(cache: Cache, scores: Scores | None, dtype: jnp.dtype) -> tuple[Gates, Weights]:
+    """One token's gates, and the states that they weigh: all of the cache, or just those it selects."""
+    place, there = cache.by_age()
+    moves = cache.storage.when_full == "drop-oldest"
+    if scores is not None and moves:
+        scores = Scores(jnp.take_along_axis(scores.cached, place[:, None, None], axis=-1), scores.online)
+    gates = choose(cache.settings, scores, there[:, None], cache.cached, None)
+    states = cache.cached.states
+    if isinstance(gates, Selection):
+        indices = jnp.take_along_axis(place[:, None], gates.indices[:, 0], axis=-1)
+        states = fetch_selected(states, indices, cache.storage)
+        return Gates(gates.online, gates.cached), unpack(states, dtype)
+    if moves:
+        age = jnp.argsort(place, axis=-1)
+        gates = Gates(gates.online, jnp.take_along_axis(gates.cached, age[:, None, None], axis=-1))
+    # Few enough that all are selected, if they lie in the host's memory.
+    return gates, unpack(to_place(states, Storage()), dtype)
 
 
 def _memory(settings: Settings, coefficients: Coefficients, weights: Weights | None) -> Memory:

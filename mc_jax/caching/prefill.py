@@ -65,6 +65,8 @@ def cache_after(
         & (position[None] < lengths[:, None])
         & (document_ids == last)
     )
+    # A cache is made to be donated: nothing in it may be the caller's own array.
+    lengths, initial = jax.tree.map(jnp.copy, (lengths, initial))
     return Cache(
         online=online,
         segment=_unfinished(current, position, routing, log_retention, cached.tokens.dtype, settings),

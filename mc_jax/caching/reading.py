@@ -71,7 +71,7 @@ def choose(
             return logarithmic.checkpoint_gates(gates, groups, eligible.shape[-1])
         assert cached.log_retention is not None
         return logarithmic.merged_gates(gates, groups, cached.log_retention)
-    if aggregation.select is not None and top_k is None and _is_grouped(settings, eligible.shape[-1]):
+    if aggregation.select is not None and top_k is None and _is_grouped(settings, *eligible.shape[1:]):
         assert scores is not None
         assert settings.top_k is not None
         return aggregation.select(scores, eligible, settings.top_k)
@@ -104,8 +104,9 @@ def combine(
     return y if skip is None else y + skip.astype(dtype)
 
 
-def _is_grouped(settings: Settings, states: int) -> bool:
+def _is_grouped(settings: Settings, tokens: int, states: int) -> bool:
     if settings.selected_read is not None:
         return settings.selected_read == "grouped"
     assert settings.top_k is not None
-    return states >= GROUPED_FROM * settings.top_k
+    # There is nothing to group in a single token, in decoding: only the states it selects are touched.
+    return states >= GROUPED_FROM * settings.top_k or (tokens == 1 and states > settings.top_k)

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from mc_jax.caching import Storage
 from mc_jax.inference.sampling import sample
 from mc_jax.nn import LanguageModel
 from mc_jax.training.run import Run, load_run
@@ -24,6 +25,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    storage: Storage = Storage(),  # noqa: B008 - frozen
 ) -> np.ndarray:
     """Continue prompts, which may differ in length.
 
@@ -34,12 +36,14 @@ def generate(
       temperature: 0 is greedy, 1 the model's own distribution.
       top_p: share of the probability that is drawn from.
       seed: of the draws.
+      storage: how cached memories are kept; without `max_cached` there is a place for each.
 
     Returns:
       [batch, tokens], int32.
 
     Raises:
-      ValueError: an empty prompt, or a temperature or top_p out of range.
+      ValueError: an empty prompt, a temperature or top_p out of range, a storage without effect or with too
+        few places.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no tokens; begin it with the tokenizer's separator")
@@ -49,6 +53,12 @@ def generate(
         raise ValueError(f"top_p is {top_p}; set it above 0 and to at most 1")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     segment_length = model.config.segment_length
+    completed = (int(lengths.max()) + tokens - 1) // segment_length
+    if storage.when_full == "error" and storage.max_cached is not None and storage.max_cached < completed:
+        raise ValueError(
+            f"max_cached {storage.max_cached} is less than the {completed} segments of "
+            f"{int(lengths.max()) + tokens} tokens; set it higher, or when_full to 'drop-oldest'"
+        )
     # Whole segments: few shapes are ever compiled.
     padded = -(-int(lengths.max()) // segment_length) * segment_length
     rows = np.zeros((len(prompts), padded), np.int32)
@@ -66,14 +76,15 @@ def generate(
             jnp.float32(top_p),
             tokens=tokens,
             max_length=padded + tokens,
+            storage=storage,
         )
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "tokens", "max_length"))
-def _generate(graph, parameters, rows, lengths, key, temperature, top_p, *, tokens, max_length):
+@functools.partial(jax.jit, static_argnames=("graph", "tokens", "max_length", "storage"))
+def _generate(graph, parameters, rows, lengths, key, temperature, top_p, *, tokens, max_length, storage):
     model = nnx.merge(graph, parameters)
-    logits, caches = model.prefill(rows, lengths, max_length)
+    logits, caches = model.prefill(rows, lengths, max_length, storage)
 
     def add(carry, key):
         logits, caches = carry
@@ -84,17 +95,35 @@ def _generate(graph, parameters, rows, lengths, key, temperature, top_p, *, toke
     return drawn.T
 
 
-def continue_text(run: Run, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int) -> str:
+def continue_text(
+    run: Run,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    storage: Storage = Storage(),  # noqa: B008 - frozen
+) -> str:
     """The text with which a run's model goes on from `prompt`, up to the end of the document."""
     tokenizer = run.dataset.tokenizer
     ids = np.concatenate([[tokenizer.separator_id], tokenizer.encode(prompt)]).astype(np.int32)
-    (drawn,) = generate(run.model, [ids], tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
+    (drawn,) = generate(
+        run.model, [ids], tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, storage=storage
+    )
     ends = np.flatnonzero(drawn == tokenizer.separator_id)
     return tokenizer.decode(drawn[: ends[0]] if ends.size else drawn)
 
 
 def generate_run(
-    run_dir: epath.PathLike, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int
+    run_dir: epath.PathLike,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    storage: Storage = Storage(),  # noqa: B008 - frozen
 ) -> str:
     """As `continue_text`, from a run's folder and its newest checkpoint.
 
@@ -104,5 +133,11 @@ def generate_run(
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; set it to 1 or more")
     return continue_text(
-        load_run(run_dir), prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed
+        load_run(run_dir),
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        storage=storage,
     )

@@ -41,9 +41,17 @@ class Block(nnx.Module):
         """Map x [B, T, D]; also the gates of the mixer's read, or None."""
         return self._around(x, lambda y: self.mixer.apply(y, document_ids, top_k))
 
-    def prefill(self, x: jax.Array, lengths: jax.Array, max_length: int) -> tuple[jax.Array, Any]:
-        """As a call on rows of `lengths` [B], and the cache to go on with up to `max_length`."""
-        return self._around(x, lambda y: self.mixer.prefill(y, lengths, max_length))
+    def prefill(
+        self, x: jax.Array, lengths: jax.Array, max_length: int, storage: caching.Storage
+    ) -> tuple[jax.Array, Any]:
+        """As a call on rows of `lengths` [B], and the cache to go on with up to `max_length`.
+
+        The storage is that of memories; attention keeps all keys and values.
+        """
+        mixer = self.mixer
+        if isinstance(mixer, MemoryCaching):
+            return self._around(x, lambda y: mixer.prefill(y, lengths, max_length, storage))
+        return self._around(x, lambda y: mixer.prefill(y, lengths, max_length))
 
     def step(self, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """One more token a row, x [B, D]."""

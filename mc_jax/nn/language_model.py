@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_jax import caching
 from mc_jax.caching.aggregations import Gates, Selection
 from mc_jax.config import LayerKind, ModelConfig
 from mc_jax.nn.block import Block
@@ -70,15 +71,29 @@ class LanguageModel(nnx.Module):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *kept)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
 
-    def prefill(self, tokens: jax.Array, lengths: jax.Array, max_length: int) -> tuple[jax.Array, Any]:
+    def prefill(
+        self,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        max_length: int,
+        storage: caching.Storage = caching.Storage(),  # noqa: B008 - frozen
+    ) -> tuple[jax.Array, Any]:
         """Logits after each row's last token [B, vocabulary], and the caches of all layers.
 
         Args:
           tokens: [B, T], int32; what is at and past a row's length is ignored.
           lengths: tokens in each row [B], int32, at least 1.
           max_length: tokens that a row may come to hold.
+          storage: how cached memories are kept; without `max_cached` there is a place for each segment.
+
+        Raises:
+          ValueError: a storage that has no effect, or with too few places for the tokens.
         """
-        x, caches = self._scan(lambda block, x, _: block.prefill(x, lengths, max_length), self._embed(tokens))
+        if "memory" not in self.config.layer_pattern and storage != caching.Storage():
+            raise ValueError("a storage has no effect on a model without memory layers; leave it out")
+        x, caches = self._scan(
+            lambda block, x, _: block.prefill(x, lengths, max_length, storage), self._embed(tokens)
+        )
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self._logits(last), caches
 

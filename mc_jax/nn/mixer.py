@@ -139,14 +139,20 @@ class MemoryCaching(nnx.Module):
         output = self._forward(x, qkv, document_ids=document_ids, top_k=top_k)
         return self._out(x, output.y), output.gates
 
-    def prefill(self, x: jax.Array, lengths: jax.Array, max_length: int) -> tuple[jax.Array, MixerCache]:
-        """As a call on rows of `lengths` [B] tokens, and the cache to go on with up to `max_length`."""
+    def prefill(
+        self, x: jax.Array, lengths: jax.Array, max_length: int, storage: caching.Storage
+    ) -> tuple[jax.Array, MixerCache]:
+        """As a call on rows of `lengths` [B] tokens, and the cache to go on with up to `max_length`.
+
+        Without a `max_cached` in the storage there will be a place for every segment.
+        """
         inputs = self._qkv(x)
         output = self._forward(x, self.convolution(inputs), lengths=lengths)
         cache = output.cache
-        if AGGREGATIONS[self.settings.aggregation].gates is not None:
-            capacity = max(max_length // self.settings.segment_length, cache.capacity)
-            cache = cache.with_capacity(capacity)
+        if storage.max_cached is None and AGGREGATIONS[self.settings.aggregation].gates is not None:
+            capacity = max(max_length // self.settings.segment_length, cache.capacity, 1)
+            storage = dataclasses.replace(storage, max_cached=capacity)
+        cache = cache.with_storage(storage)
         return self._out(x, output.y), MixerCache(cache, self.convolution.tail(inputs, lengths))
 
     def step(self, x: jax.Array, cache: MixerCache) -> tuple[jax.Array, MixerCache]:

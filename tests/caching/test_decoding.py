@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from caching_arguments import AGGREGATIONS, CHUNK, NAMES, SEGMENT, SLOW_BUT_ONE, arguments
 
-from mc_jax.caching import Routing, Settings, decode, forward
+from mc_jax.caching import Routing, Settings, Storage, decode, forward
 from mc_jax.memories import Coefficients
 
 LENGTH = 21
@@ -31,7 +31,7 @@ def _decoded(found, settings, lengths, places):
         lambda cut: forward(*cut, settings, initial_state=found["initial_state"], lengths=lengths).cache
     )(cut)
     if cache.capacity:
-        cache = cache.with_capacity(max(places, cache.capacity))
+        cache = cache.with_storage(Storage(max_cached=max(places, cache.capacity)))
     step = jax.jit(decode)
     rows = jnp.arange(2)
     reads = []
@@ -105,8 +105,8 @@ def test_a_packed_rows_cache_is_that_of_its_last_document_alone():
     packed = run(*_parts(found), document_ids=ids).cache
     alone = run(*jax.tree.map(lambda x: x[:, 8:], _parts(found))).cache
     token = jax.tree.map(lambda x: x[:, 3], _parts(found))
-    got, _ = decode(*token, packed.with_capacity(4))
-    expected, _ = decode(*token, alone.with_capacity(4))
+    got, _ = decode(*token, packed.with_storage(Storage(max_cached=4)))
+    expected, _ = decode(*token, alone.with_storage(Storage(max_cached=4)))
     np.testing.assert_array_equal(packed.count, alone.count)
     np.testing.assert_allclose(got, expected, rtol=1e-9)
 
@@ -115,5 +115,5 @@ def test_fewer_places_than_memories_are_refused():
     found = arguments("linear", False, "gated", length=LENGTH, dtype=jnp.float32)
     settings = Settings(aggregation="gated", segment_length=SEGMENT, chunk_length=CHUNK)
     cache = forward(*_parts(found), settings).cache
-    with pytest.raises(ValueError, match="capacity 1 is less"):
-        cache.with_capacity(1)
+    with pytest.raises(ValueError, match="max_cached 1 is less than the cache has; set it to 3 or more"):
+        cache.with_storage(Storage(max_cached=1))
