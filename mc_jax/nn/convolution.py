@@ -6,12 +6,13 @@ Shapes: B batch, T tokens, D channels, W width.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 
 class ShortConvolution(nnx.Module):
-    """y_t = sum_j kernel[j] * x_{t-j}, over the token's own document; starts as the identity plus noise."""
+    """y_t = sum_j kernel[j] * x_{t-j}, over the token's own document."""
 
-    def __init__(self, channels: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         bound = width**-0.5
         kernel = jax.random.uniform(rngs.params(), (width, channels), minval=-bound, maxval=bound)
         self.taps = nnx.Param(kernel)

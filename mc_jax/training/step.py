@@ -81,7 +81,7 @@ def make_step(
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
         return TrainState(parameters, optimizer_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,68 @@
+"""Memory Caching learns to recall what its base memory forgets."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from experiments.mqar import Cell, main, run
+from experiments.mqar_table import cells
+
+
+@pytest.fixture
+def optimized():
+    """With all of XLA's optimisations, which tests do without: here it is running that takes long."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_attention_recalls_nearly_all_and_cached_memories_far_more_than_their_base():
+    attention, base, gated = (
+        run(cell).accuracy[0]
+        for cell in (
+            Cell(memory="attention", seeds=1),
+            Cell(aggregation="none", seeds=1),
+            Cell(aggregation="gated", seeds=1),
+        )
+    )
+    assert attention >= 0.98
+    assert gated >= base + 0.15, f"gated recalls {gated:.3f}, its base {base:.3f}"
+
+
+def test_the_table_names_every_memory_and_aggregation_once():
+    rows = list(cells().values())
+    assert len(set(rows)) == len(rows)
+    assert {cell.memory for cell in rows} == {"attention", "linear", "swla", "delta", "dla", "titans"}
+    for memory in ("linear", "swla", "delta", "dla", "titans"):
+        found = {cell.aggregation for cell in rows if cell.memory == memory}
+        assert found >= {"none", "residual", "gated", "sparse", "average"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--aggregation", "gatted"], "gated"),
+        (["--memory", "linear", "--mlp"], "memory 'linear' is a matrix"),
+        (["--steps", "0"], "set both to 1 or more"),
+    ],
+)
+def test_what_does_not_go_together_ends_with_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_it_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.mqar", "--seeds", "1", "--steps", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "cache bytes    28672" in done.stdout
