@@ -1,0 +1,148 @@
+"""The identities of MATH.md section 4, that need no reference, of the functional core in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from caching_arguments import AGGREGATIONS, CHUNK, SEGMENT, arguments
+
+from mc_jax import memory_caching
+
+pytestmark = pytest.mark.usefixtures("x64")
+LENGTH = 29
+
+
+def read(memory, aggregation, *, mlp=False, found=None, **settings):
+    found = arguments(memory, mlp, aggregation, length=LENGTH) if found is None else found
+    settings = {"segment_length": SEGMENT, "chunk_length": CHUNK, **AGGREGATIONS[aggregation], **settings}
+    run = functools.partial(memory_caching, memory=memory, aggregation=aggregation, **settings)
+    return jax.jit(lambda found: run(**found)[0])(found)
+
+
+def without_router(found):
+    return {name: value for name, value in found.items() if name not in ("u", "router_keys", "online_logit")}
+
+
+def assert_same(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("aggregation", ["residual", "gated", "soup", "sparse", "average"])
+def test_within_one_segment_every_aggregation_is_the_base_memory(aggregation):
+    found = arguments("linear", False, aggregation, length=LENGTH)
+    expected = read("linear", "none", found=without_router(found), segment_length=32)
+    assert_same(read("linear", aggregation, found=found, segment_length=32), expected)
+
+
+def test_a_soup_of_matrices_is_the_gated_read_and_one_of_mlps_is_not():
+    assert_same(read("delta", "soup"), read("delta", "gated"))
+    difference = read("dla", "soup", mlp=True) - read("dla", "gated", mlp=True)
+    assert np.max(np.abs(difference)) > 1e-3
+
+
+def test_a_sparse_read_of_as_many_memories_as_there_are_is_the_gated_read():
+    expected = read("linear", "gated")
+    for form in (3, 9):
+        assert_same(read("linear", "sparse", top_k=form), expected)
+
+
+def test_a_residual_read_of_linear_memories_is_one_read_of_their_sum():
+    found = arguments("linear", False, "residual", length=LENGTH)
+    ones = {**found, "retention": jnp.ones_like(found["retention"]), "initial_state": None}
+    got = read("linear", "residual", found=ones)
+    writes = jnp.einsum("bth,bthk,bthv->bthkv", found["step"], found["k"], found["v"])
+    states = jnp.cumsum(writes, axis=1)
+    total = states
+    for end in range(SEGMENT, LENGTH, SEGMENT):
+        total = total.at[:, end:].add(states[:, end - 1][:, None])
+    assert_same(got, jnp.einsum("bthk,bthkv->bthv", found["q"], total))
+
+
+def test_memories_with_neutral_coefficients_are_one_another():
+    found = arguments("linear", False, "gated", length=LENGTH)
+    linear = read("linear", "gated", found=found)
+    assert_same(read("dla", "gated", found=found), linear)
+    assert_same(read("swla", "gated", found=found), linear)
+    online = {**found, "retention": None}
+    delta = read("delta", "gated", found=online, chunk_length=1)
+    assert_same(read("titans", "gated", found=online, chunk_length=1), delta)
+
+
+@pytest.mark.parametrize("memory", ["linear", "swla", "delta"])
+@pytest.mark.parametrize("chunk_length", [1, 2, 8])
+def test_any_chunk_length_gives_the_same(memory, chunk_length):
+    assert_same(read(memory, "gated", chunk_length=chunk_length), read(memory, "gated"))
+
+
+def test_a_checkpoint_is_the_segments_own_memory_and_the_decayed_one_before():
+    found = {**without_router(arguments("linear", False, "gated", length=LENGTH)), "initial_state": None}
+    run = functools.partial(
+        memory_caching, memory="linear", aggregation="residual", segment_length=SEGMENT, chunk_length=CHUNK
+    )
+    _, checkpoint = run(**found)
+    _, independent = run(**found, segment_init="independent")
+    decay = jnp.stack([jnp.prod(found["retention"][:, n : n + SEGMENT], axis=1) for n in (8, 16)], axis=1)
+    expected = independent.cached.states[:, 1:3] + decay[..., None, None] * checkpoint.cached.states[:, :2]
+    assert_same(checkpoint.cached.states[:, 1:3], expected)
+
+
+@pytest.mark.parametrize("router", ["inputs", "keys"])
+@pytest.mark.parametrize(
+    ("memory", "mlp", "aggregation"),
+    [
+        ("linear", False, "gated"),
+        ("swla", False, "sparse"),
+        pytest.param("titans", True, "soup", marks=pytest.mark.slow),
+        pytest.param("delta", False, "gated", marks=pytest.mark.slow),
+    ],
+)
+def test_later_tokens_change_nothing_before_them(memory, mlp, aggregation, router):
+    found = arguments(memory, mlp, aggregation, length=LENGTH, router=router)
+    first = read(memory, aggregation, found=found)
+    for place in (0, 7, 8, 20):
+        changed = {
+            name: value if name == "initial_state" else value.at[:, place + 1 :].multiply(0.5)
+            for name, value in found.items()
+        }
+        second = read(memory, aggregation, found=changed)
+        np.testing.assert_array_equal(second[:, : place + 1], first[:, : place + 1])
+        assert np.any(second[:, place + 1 :] != first[:, place + 1 :])
+
+
+def test_packed_documents_are_each_as_if_alone():
+    found = arguments("delta", False, "gated", length=32)
+    ids = (jnp.arange(32) >= 16).astype(jnp.int32)[None].repeat(2, axis=0)
+    whole = read("delta", "gated", found={**found, "document_ids": ids})
+    for start, end in ((0, 16), (16, 32)):
+        part = {
+            name: value if name == "initial_state" else value[:, start:end] for name, value in found.items()
+        }
+        assert_same(whole[:, start:end], read("delta", "gated", found=part))
+    # Not at a segment's start: no document sees what another one says.
+    ids = (jnp.arange(32) >= 12).astype(jnp.int32)[None].repeat(2, axis=0)
+    first = read("delta", "gated", found={**found, "document_ids": ids})
+    changed = {**found, "v": found["v"].at[:, :12].multiply(-2.0), "document_ids": ids}
+    np.testing.assert_array_equal(read("delta", "gated", found=changed)[:, 12:], first[:, 12:])
+
+
+@pytest.mark.parametrize(
+    ("memory", "mlp"), [("linear", False), ("delta", False), ("titans", False), ("dla", True)]
+)
+@pytest.mark.parametrize("extreme", ["zero keys", "gates of one memory", "retention 1", "retention nearly 0"])
+def test_gradients_are_finite_at_the_extremes(memory, mlp, extreme):
+    found = arguments(memory, mlp, "gated", length=LENGTH)
+    if extreme == "zero keys":
+        found = {**found, "k": 0 * found["k"], "q": 0 * found["q"]}
+    elif extreme == "gates of one memory":
+        found = {**found, "u": 1e4 * found["u"], "online_logit": 1e4 * found["online_logit"]}
+    else:
+        value = 1.0 if extreme == "retention 1" else 1e-30
+        found = {**found, "retention": jnp.full_like(found["retention"], value)}
+
+    gradients = jax.jit(
+        jax.grad(lambda found: jnp.sum(jnp.sin(read(memory, "gated", mlp=mlp, found=found))))
+    )(found)
+    for name, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.all(np.isfinite(leaf)), f"the gradient of {jax.tree_util.keystr(name)} is not finite"
