@@ -52,6 +52,7 @@ def memory_caching(
     document_ids: jax.Array | None = None,
     initial_state: Weights | None = None,
     chunk_length: int = 64,
+    selected_read: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Write all tokens to a recurrent memory, cache its state at every segment's end, read them together.
@@ -82,6 +83,8 @@ def memory_caching(
         [heads, key_dim, hidden], [heads, hidden, value_dim]; a leading batch axis is allowed; None: zeros.
       chunk_length: tokens handled together by matrix products; divides segment_length. The gradients of
         "titans", and of MLPs, are taken at the state that a chunk starts from.
+      selected_read: how "sparse" reads: "dense" (all cached memories, most with a gate of 0) or "grouped"
+        (tokens that read the same one together); None: what is faster for so many memories.
       implementation: of the ops beneath; None picks the best for the platform.
 
     Returns:
@@ -99,6 +102,7 @@ def memory_caching(
         chunk_length=chunk_length,
         top_k=top_k,
         router_blocks=router_blocks,
+        selected_read=selected_read,
         implementation=implementation,
     )
     routing = None
