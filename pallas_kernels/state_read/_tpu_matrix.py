@@ -1,0 +1,182 @@
+"""The dense read of matrix states on a TPU, and its gradients.
+
+Forward, the states of a group lie side by side and the queries weighed by their gates below each other: the
+sum over the states is the matrix product's own, [M_1 M_2 ...] [g_1 q; g_2 q; ...].
+
+Backward, with P_n = M_n dO, the gradients are dq = sum_n g_n P_n, dg_n = <P_n, q> and dM_n = (g_n q) dO^T: no
+read is made again. The states' gradients grow in VMEM while the tokens of a piece pass; the queries' wait
+there until every state has passed.
+
+Shapes: R blocks of a piece; the rest in `_tpu_tiling`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels._state import state_dtype
+from pallas_kernels.state_read import _tpu_tiling as tiles
+from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, Tiling, product
+
+_LENGTH = 512
+_GROUP = 4
+# In VMEM: states of a tile, loaded and (backward) written, twice since the next are on their way; queries.
+_STATES_BYTES = 4 << 20
+_QUERIES_BYTES = 4 << 20
+
+
+def read(q: jax.Array, gates: jax.Array, states: jax.Array, segment_length: int | None) -> jax.Array:
+    """Return sum_n gates_n q M_n; shapes as in `pallas_kernels.state_read.gated_state_read`."""
+    batch, tokens, heads, key_dim = q.shape
+    value_dim = states.shape[4]
+    tiling = tiles.fit(
+        tokens=tokens,
+        states=states.shape[1],
+        segment_length=segment_length,
+        group=_GROUP,
+        most=_STATES_BYTES // (2 * key_dim * value_dim * q.dtype.itemsize),
+        length=_LENGTH,
+    )
+    states_BNHKV = tiles.pad_states(states.astype(q.dtype), tiling)
+    rows, columns = states_BNHKV.shape[3:]
+    specs = ForwardSpecs(tiling)
+    out_BHVT = pl.pallas_call(
+        functools.partial(_read_kernel, tiling),
+        grid=(batch, heads, tiling.blocks, tiling.tiles),
+        in_specs=[specs.tokens(rows), specs.gates(), specs.states(columns, tiling.group * rows)],
+        out_specs=specs.tokens(columns),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, columns, tiling.tokens), q.dtype),
+        scratch_shapes=[pltpu.VMEM((columns, tiling.length), state_dtype(q))],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+        ),
+        name="state_read",
+    )(
+        tiles.lanes(q, tiling.tokens),
+        tiles.gate_groups(gates, tiling),
+        tiles.side_by_side(states_BNHKV, tiling),
+    )
+    return tiles.from_lanes(out_BHVT, tokens, value_dim)
+
+
+def _read_kernel(tiling: Tiling, q_KC, gates_SGC, states_SVx, out_VC, sum_VC):
+    block, tile = pl.program_id(2), pl.program_id(3)
+    q = q_KC[...].astype(sum_VC.dtype)
+
+    @pl.when(tile == 0)
+    def _():
+        sum_VC[...] = jnp.zeros_like(sum_VC)
+
+    def visit(first, count):
+        groups = [first + group for group in range(count)]
+        weighed = [
+            (gates_SGC[group, n : n + 1] * q).astype(q_KC.dtype)
+            for group in groups
+            for n in range(tiling.group)
+        ]
+        states = jnp.concatenate([states_SVx[group] for group in groups], axis=1)
+        sum_VC[...] += product(states, jnp.concatenate(weighed, axis=0))
+
+    tiles.for_groups(tiling.groups_read_of(block, tile), visit)
+
+    @pl.when(tile == tiling.tiles - 1)
+    def _():
+        out_VC[...] = sum_VC[...].astype(out_VC.dtype)
+
+
+def read_bar(
+    q: jax.Array, gates: jax.Array, states: jax.Array, out_bar: jax.Array, segment_length: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of q, gates and states, the last in float32; shapes as in the op."""
+    batch, tokens, heads, key_dim = q.shape
+    count, value_dim = states.shape[1], states.shape[4]
+    dtype = state_dtype(q)
+    tiling = tiles.fit(
+        tokens=tokens,
+        states=count,
+        segment_length=segment_length,
+        group=_GROUP,
+        most=_STATES_BYTES // (2 * key_dim * value_dim * (q.dtype.itemsize + dtype.itemsize)),
+        length=_LENGTH,
+        piece=_QUERIES_BYTES // (key_dim * dtype.itemsize),
+    )
+    q_BHKT = tiles.lanes(q, tiling.tokens)
+    gates_BHSGT = tiles.gate_groups(gates, tiling)
+    states_BNHKV = tiles.pad_states(states.astype(q.dtype), tiling)
+    rows, columns = states_BNHKV.shape[3:]
+    specs = BackwardSpecs(tiling)
+    q_bar, gates_bar, states_bar = pl.pallas_call(
+        functools.partial(_read_bar_kernel, tiling),
+        grid=(batch, heads, tiling.pieces, tiling.tiles, tiling.blocks),
+        in_specs=[specs.tokens(rows), specs.gates(), specs.states(rows, columns), specs.tokens(columns)],
+        out_specs=[specs.tokens_bar(rows), specs.gates_bar(), specs.states_bar(rows, columns)],
+        out_shape=[
+            jax.ShapeDtypeStruct(q_BHKT.shape, q.dtype),
+            jax.ShapeDtypeStruct(gates_BHSGT.shape, dtype),
+            jax.ShapeDtypeStruct((tiling.pieces, *states_BNHKV.shape), dtype),
+        ],
+        scratch_shapes=[pltpu.VMEM((tiling.blocks, rows, tiling.length), dtype)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary")
+        ),
+        name="state_read_backward",
+    )(q_BHKT, gates_BHSGT, states_BNHKV, tiles.lanes(out_bar.astype(q.dtype), tiling.tokens))
+    return (
+        tiles.from_lanes(q_bar, tokens, key_dim),
+        tiles.from_gate_groups(gates_bar, tokens, count),
+        jnp.sum(states_bar, axis=0)[:, :count, :, :key_dim, :value_dim],
+    )
+
+
+def _read_bar_kernel(
+    tiling: Tiling,
+    q_KC,
+    gates_SGC,
+    states_NKV,
+    out_bar_VC,
+    q_bar_KC,
+    gates_bar_SGC,
+    states_bar_NKV,
+    sum_RKC,
+):
+    piece, tile, block = pl.program_id(2), pl.program_id(3), pl.program_id(4)
+    q, out_bar = q_KC[...].astype(sum_RKC.dtype), out_bar_VC[...]
+    key_dim, value_dim = q.shape[0], out_bar.shape[0]
+
+    @pl.when(block == 0)
+    def _():
+        states_bar_NKV[...] = jnp.zeros_like(states_bar_NKV)
+
+    @pl.when(tile == 0)
+    def _():
+        sum_RKC[block] = jnp.zeros_like(q)
+
+    count = tiling.groups_read_of(piece * tiling.blocks + block, tile)
+
+    @pl.when(count < tiling.tile)
+    def _():
+        gates_bar_SGC[...] = jnp.zeros_like(gates_bar_SGC)
+
+    def visit(first, count):
+        states = pl.ds(first * tiling.group, count * tiling.group)
+        p = product(states_NKV[states].reshape(-1, value_dim), out_bar)
+        q_bar, weighed = sum_RKC[block], []
+        for state in range(count * tiling.group):
+            group, n = first + state // tiling.group, state % tiling.group
+            gate = gates_SGC[group, n : n + 1]
+            p_KC = p[state * key_dim : (state + 1) * key_dim]
+            q_bar += gate * p_KC
+            gates_bar_SGC[group, n : n + 1] = jnp.sum(p_KC * q, axis=0, keepdims=True)
+            weighed.append((gate * q).astype(q_KC.dtype))
+        sum_RKC[block] = q_bar
+        more = tiles.product_of_lanes(jnp.concatenate(weighed, axis=0), out_bar)
+        states_bar_NKV[states] += more.reshape(-1, key_dim, value_dim)
+
+    tiles.for_groups(count, visit)
+
+    @pl.when(tile == tiling.tiles - 1)
+    def _():
+        q_bar_KC[...] = sum_RKC[block].astype(q_bar_KC.dtype)

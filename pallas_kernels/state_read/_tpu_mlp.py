@@ -1,0 +1,221 @@
+"""The dense read of MLP states on a TPU, and its gradients: gates weigh the hidden layer.
+
+Backward the hidden layer is made again, and with P_n = W_out_n dO the gradients are dg_n = <P_n, h_n>,
+dW_out_n = (g_n h_n) dO^T, and through dz_n = g_n P_n gelu'(z_n): dq = sum_n W_in_n dz_n, dW_in_n = q dz_n^T.
+They grow in VMEM as those of `_tpu_matrix` do.
+
+Shapes: E hidden dim, R blocks of a piece; the rest in `_tpu_tiling`. A group has one state.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels._query import gelu
+from pallas_kernels._state import state_dtype
+from pallas_kernels.state_read import _tpu_tiling as tiles
+from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, Tiling, product
+
+_LENGTH = 256
+_TOGETHER = 2
+# In VMEM: states of a tile, loaded and (backward) written, twice since the next are on their way; queries.
+_STATES_BYTES = 4 << 20
+_QUERIES_BYTES = 4 << 20
+
+
+def read(
+    q: jax.Array, gates: jax.Array, states: tuple[jax.Array, jax.Array], segment_length: int | None
+) -> jax.Array:
+    """Return sum_n gates_n gelu(q W_in_n) W_out_n; shapes as in the op."""
+    w_in, w_out = states
+    batch, tokens, heads, _ = q.shape
+    value_dim = w_out.shape[4]
+    tiling = _fit(q, w_in, w_out, segment_length)
+    w_in = tiles.pad_states(w_in.astype(q.dtype), tiling)
+    w_out = tiles.pad_states(w_out.astype(q.dtype), tiling)
+    (rows, hidden), columns = w_in.shape[3:], w_out.shape[4]
+    specs = ForwardSpecs(tiling)
+    out_BHVT = pl.pallas_call(
+        functools.partial(_read_kernel, tiling),
+        grid=(batch, heads, tiling.blocks, tiling.tiles),
+        in_specs=[
+            specs.tokens(rows),
+            specs.gates(),
+            specs.states(hidden, rows),
+            specs.states(columns, hidden),
+        ],
+        out_specs=specs.tokens(columns),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, columns, tiling.tokens), q.dtype),
+        scratch_shapes=[pltpu.VMEM((columns, tiling.length), state_dtype(q))],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+        ),
+        name="mlp_state_read",
+    )(
+        tiles.lanes(q, tiling.tokens),
+        tiles.gate_groups(gates, tiling),
+        tiles.side_by_side(w_in, tiling),
+        tiles.side_by_side(w_out, tiling),
+    )
+    return tiles.from_lanes(out_BHVT, tokens, value_dim)
+
+
+def _fit(q, w_in, w_out, segment_length, piece=None, bytes_of_number=None):
+    numbers = w_in.shape[3] * w_in.shape[4] + w_out.shape[3] * w_out.shape[4]
+    return tiles.fit(
+        tokens=q.shape[1],
+        states=w_in.shape[1],
+        segment_length=segment_length,
+        group=1,
+        most=_STATES_BYTES // (2 * numbers * (bytes_of_number or q.dtype.itemsize)),
+        length=_LENGTH,
+        piece=piece,
+    )
+
+
+def _read_kernel(tiling: Tiling, q_KC, gates_SGC, w_in_SEK, w_out_SVE, out_VC, sum_VC):
+    block, tile = pl.program_id(2), pl.program_id(3)
+    q = q_KC[...]
+
+    @pl.when(tile == 0)
+    def _():
+        sum_VC[...] = jnp.zeros_like(sum_VC)
+
+    def visit(first, count):
+        for state in range(count):
+            hidden = gates_SGC[first + state] * gelu(product(w_in_SEK[first + state], q))
+            sum_VC[...] += product(w_out_SVE[first + state], hidden.astype(q.dtype))
+
+    tiles.for_groups(tiling.groups_read_of(block, tile), visit, _TOGETHER)
+
+    @pl.when(tile == tiling.tiles - 1)
+    def _():
+        out_VC[...] = sum_VC[...].astype(out_VC.dtype)
+
+
+def read_bar(
+    q: jax.Array,
+    gates: jax.Array,
+    states: tuple[jax.Array, jax.Array],
+    out_bar: jax.Array,
+    segment_length: int | None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return the gradients of q, gates and states, the last two in float32; shapes as in the op."""
+    w_in, w_out = states
+    batch, tokens, heads, key_dim = q.shape
+    count, hidden_dim, value_dim = w_in.shape[1], *w_out.shape[3:]
+    dtype = state_dtype(q)
+    tiling = _fit(
+        q,
+        w_in,
+        w_out,
+        segment_length,
+        piece=_QUERIES_BYTES // (key_dim * dtype.itemsize),
+        # W_in is loaded twice, transposed as well.
+        bytes_of_number=1.5 * q.dtype.itemsize + dtype.itemsize,
+    )
+    q_BHKT = tiles.lanes(q, tiling.tokens)
+    gates_BHSGT = tiles.gate_groups(gates, tiling)
+    w_in = tiles.pad_states(w_in.astype(q.dtype), tiling)
+    w_out = tiles.pad_states(w_out.astype(q.dtype), tiling)
+    (rows, hidden), columns = w_in.shape[3:], w_out.shape[4]
+    specs = BackwardSpecs(tiling)
+    q_bar, gates_bar, w_in_bar, w_out_bar = pl.pallas_call(
+        functools.partial(_read_bar_kernel, tiling),
+        grid=(batch, heads, tiling.pieces, tiling.tiles, tiling.blocks),
+        in_specs=[
+            specs.tokens(rows),
+            specs.gates(),
+            specs.states(rows, hidden),
+            specs.groups(hidden, rows),
+            specs.states(hidden, columns),
+            specs.tokens(columns),
+        ],
+        out_specs=[
+            specs.tokens_bar(rows),
+            specs.gates_bar(),
+            specs.states_bar(rows, hidden),
+            specs.states_bar(hidden, columns),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(q_BHKT.shape, q.dtype),
+            jax.ShapeDtypeStruct(gates_BHSGT.shape, dtype),
+            jax.ShapeDtypeStruct((tiling.pieces, *w_in.shape), dtype),
+            jax.ShapeDtypeStruct((tiling.pieces, *w_out.shape), dtype),
+        ],
+        scratch_shapes=[pltpu.VMEM((tiling.blocks, rows, tiling.length), dtype)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary")
+        ),
+        name="mlp_state_read_backward",
+    )(
+        q_BHKT,
+        gates_BHSGT,
+        w_in,
+        tiles.side_by_side(w_in, tiling),
+        w_out,
+        tiles.lanes(out_bar.astype(q.dtype), tiling.tokens),
+    )
+    return (
+        tiles.from_lanes(q_bar, tokens, key_dim),
+        tiles.from_gate_groups(gates_bar, tokens, count),
+        (
+            jnp.sum(w_in_bar, axis=0)[:, :count, :, :key_dim, :hidden_dim],
+            jnp.sum(w_out_bar, axis=0)[:, :count, :, :hidden_dim, :value_dim],
+        ),
+    )
+
+
+def _read_bar_kernel(
+    tiling: Tiling,
+    q_KC,
+    gates_SGC,
+    w_in_NKE,
+    w_in_SEK,
+    w_out_NEV,
+    out_bar_VC,
+    q_bar_KC,
+    gates_bar_SGC,
+    w_in_bar_NKE,
+    w_out_bar_NEV,
+    sum_RKC,
+):
+    piece, tile, block = pl.program_id(2), pl.program_id(3), pl.program_id(4)
+    q, out_bar = q_KC[...], out_bar_VC[...]
+
+    @pl.when(block == 0)
+    def _():
+        w_in_bar_NKE[...] = jnp.zeros_like(w_in_bar_NKE)
+        w_out_bar_NEV[...] = jnp.zeros_like(w_out_bar_NEV)
+
+    @pl.when(tile == 0)
+    def _():
+        sum_RKC[block] = jnp.zeros(q.shape, sum_RKC.dtype)
+
+    count = tiling.groups_read_of(piece * tiling.blocks + block, tile)
+
+    @pl.when(count < tiling.tile)
+    def _():
+        gates_bar_SGC[...] = jnp.zeros_like(gates_bar_SGC)
+
+    def visit(first, count):
+        for state in range(count):
+            n = first + state
+            gate = gates_SGC[n]
+            hidden, gelu_vjp = jax.vjp(gelu, product(w_in_SEK[n], q))
+            p = product(w_out_NEV[n], out_bar)
+            gates_bar_SGC[n] = jnp.sum(p * hidden, axis=0, keepdims=True)
+            w_out_bar_NEV[n] += tiles.product_of_lanes((gate * hidden).astype(q.dtype), out_bar)
+            (inner_bar,) = gelu_vjp(gate * p)
+            inner_bar = inner_bar.astype(q.dtype)
+            sum_RKC[block] += product(w_in_NKE[n], inner_bar)
+            w_in_bar_NKE[n] += tiles.product_of_lanes(q, inner_bar)
+
+    tiles.for_groups(count, visit, _TOGETHER)
+
+    @pl.when(tile == tiling.tiles - 1)
+    def _():
+        q_bar_KC[...] = sum_RKC[block].astype(q_bar_KC.dtype)

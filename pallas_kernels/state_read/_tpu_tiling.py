@@ -1,0 +1,261 @@
+"""How a read is cut into the blocks that the TPU's kernels work on, shared by forward and backward.
+
+Tokens lie along lanes: a gate is then one number a lane, and weighing by it is a broadcast along sublanes,
+which is free. Tokens are cut into pieces of blocks, states into groups (what lies side by side for a matrix
+product) and groups into tiles (what is in VMEM at a time).
+
+Shapes: B batch, T tokens, P pieces, C tokens of a block, H heads, K key dim, V value dim, N states,
+S groups of states, G states of a group.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels._state import state_dtype
+
+_LANES = 128
+# A bfloat16 register has 16 sublanes: dims are padded to that, so that groups of states lie side by side.
+_SUBLANES = 16
+# Groups in one straight piece of code: in a loop, the matrix unit runs empty at the end of every turn.
+_TOGETHER = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """The cut of a read; its methods take numbers or traced scalars, and are used in index maps."""
+
+    length: int
+    """Tokens of a block."""
+    blocks: int
+    """Blocks of a piece of the tokens."""
+    pieces: int
+    """Pieces of the tokens."""
+    group: int
+    """States of a group."""
+    tile: int
+    """Groups of a tile."""
+    tiles: int
+    """Tiles of groups."""
+    states: int
+    """States without padding."""
+    segment_length: int | None
+    """A token t reads only states before t // segment_length; None: all."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all, padding included."""
+        return self.pieces * self.blocks * self.length
+
+    @property
+    def groups(self) -> int:
+        """Groups in all, padding included."""
+        return self.tiles * self.tile
+
+    def groups_read(self, block):
+        """Return how many groups, counted from the first, some token of a block reads."""
+        groups = pl.cdiv(self.states, self.group)
+        if self.segment_length is None:
+            return groups
+        last = (block + 1) * self.length - 1
+        return jnp.minimum(groups, pl.cdiv(last // self.segment_length, self.group))
+
+    def groups_read_of(self, block, tile):
+        """Return how many groups of a tile, counted from its first, some token of a block reads."""
+        if self.tiles == 1:
+            return self.groups_read(block)
+        if self.segment_length is None and pl.cdiv(self.states, self.group) == self.groups:
+            return self.tile
+        return jnp.clip(self.groups_read(block) - tile * self.tile, 0, self.tile)
+
+    def tile_read(self, block, tile):
+        """Return the tile, or the last that the block reads: the tiles after it are then not loaded."""
+        if self.segment_length is None or self.tiles == 1:
+            return tile
+        return jnp.minimum(tile, jnp.maximum(pl.cdiv(self.groups_read(block), self.tile) - 1, 0))
+
+    def block_reading(self, piece, tile, block):
+        """Return the block of a piece, or the first that reads of the tile: those before are not loaded."""
+        start = piece * self.blocks
+        if self.segment_length is None:
+            return start + block
+        first_token = (tile * self.tile * self.group + 1) * self.segment_length
+        first = jnp.clip(first_token // self.length - start, 0, self.blocks - 1)
+        return start + jnp.maximum(block, first)
+
+
+def fit(
+    *,
+    tokens: int,
+    states: int,
+    segment_length: int | None,
+    group: int,
+    most: float,
+    length: int,
+    piece: int | None = None,
+) -> Tiling:
+    """Return the cut of a read.
+
+    Args:
+      tokens: how many there are.
+      states: how many there are.
+      segment_length: see `Tiling`.
+      group: most states of a group.
+      most: most states of a tile; a tile has one group at least.
+      length: most tokens of a block, a multiple of 128.
+      piece: most tokens of a piece; a piece has one block at least. None: there is one piece.
+    """
+    group = min(group, states)
+    groups = pl.cdiv(states, group)
+    tiles = pl.cdiv(groups, max(1, int(most // group)))
+    blocks = pl.cdiv(tokens, length)
+    pieces = 1 if piece is None else pl.cdiv(blocks, max(1, piece // length))
+    blocks = pl.cdiv(blocks, pieces)
+    return Tiling(
+        length=pl.cdiv(tokens, pieces * blocks * _LANES) * _LANES,
+        blocks=blocks,
+        pieces=pieces,
+        group=group,
+        tile=pl.cdiv(groups, tiles),
+        tiles=tiles,
+        states=states,
+        segment_length=segment_length,
+    )
+
+
+def for_groups(count, visit, together: int = _TOGETHER) -> None:
+    """Call visit(first group, how many) over `count` groups: as many at once as pays, then one by one."""
+    if isinstance(count, int) and count <= together:
+        visit(0, count)
+        return
+    whole = count // together
+    jax.lax.fori_loop(0, whole, lambda step, _: visit(step * together, together), None)
+    jax.lax.fori_loop(whole * together, count, lambda group, _: visit(group, 1), None)
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return a b, accumulated in the state's dtype."""
+    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=state_dtype(a))
+
+
+def product_of_lanes(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return a b^T, accumulated in the state's dtype."""
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=state_dtype(a))
+
+
+def lanes(x_BTHK: jax.Array, tokens: int) -> jax.Array:
+    """Lay queries out with tokens along lanes: [B, H, K, `tokens`], padded with zeros."""
+    _, length, _, dim = x_BTHK.shape
+    more = ((0, 0), (0, tokens - length), (0, 0), (0, -dim % _SUBLANES))
+    return jnp.pad(x_BTHK, more).transpose(0, 2, 3, 1)
+
+
+def from_lanes(x_BHKT: jax.Array, tokens: int, dim: int) -> jax.Array:
+    """Undo `lanes`."""
+    return x_BHKT.transpose(0, 3, 1, 2)[:, :tokens, :, :dim]
+
+
+def gate_groups(gates_BTHN: jax.Array, tiling: Tiling) -> jax.Array:
+    """Lay gates out as [B, H, S, G, T], padded with zeros."""
+    batch, length, heads, states = gates_BTHN.shape
+    count = tiling.groups * tiling.group
+    gates = jnp.pad(gates_BTHN, ((0, 0), (0, tiling.tokens - length), (0, 0), (0, count - states)))
+    return gates.transpose(0, 2, 3, 1).reshape(batch, heads, tiling.groups, tiling.group, tiling.tokens)
+
+
+def from_gate_groups(gates_BHSGT: jax.Array, tokens: int, states: int) -> jax.Array:
+    """Undo `gate_groups`."""
+    batch, heads, groups, group, length = gates_BHSGT.shape
+    gates = gates_BHSGT.reshape(batch, heads, groups * group, length).transpose(0, 3, 1, 2)
+    return gates[:, :tokens, :, :states]
+
+
+def pad_states(leaf_BNHKV: jax.Array, tiling: Tiling) -> jax.Array:
+    """Pad states to whole tiles, and their dims to whole registers, with zeros."""
+    _, states, _, rows, columns = leaf_BNHKV.shape
+    more = tiling.groups * tiling.group - states
+    return jnp.pad(leaf_BNHKV, ((0, 0), (0, more), (0, 0), (0, -rows % _SUBLANES), (0, -columns % _SUBLANES)))
+
+
+def side_by_side(leaf_BNHKV: jax.Array, tiling: Tiling) -> jax.Array:
+    """Transpose padded states and lay those of a group side by side: [B, H, S, V, G K]."""
+    batch, _, heads, rows, columns = leaf_BNHKV.shape
+    leaf = leaf_BNHKV.reshape(batch, tiling.groups, tiling.group, heads, rows, columns)
+    return leaf.transpose(0, 3, 1, 5, 2, 4).reshape(batch, heads, tiling.groups, columns, -1)
+
+
+class ForwardSpecs:
+    """What is in VMEM at a step of the grid (batch, heads, blocks, tiles): the sum over states is inmost."""
+
+    def __init__(self, tiling: Tiling):
+        self._tiling = tiling
+
+    def tokens(self, dim: int) -> pl.BlockSpec:
+        """Of [B, H, K, T]: [K, C]."""
+        return pl.BlockSpec((None, None, dim, self._tiling.length), lambda b, h, t, n: (b, h, 0, t))
+
+    def gates(self) -> pl.BlockSpec:
+        """Of [B, H, S, G, T]: [S, G, C]."""
+        cut = self._tiling
+        block = (None, None, cut.tile, cut.group, cut.length)
+        return pl.BlockSpec(block, lambda b, h, t, n: (b, h, cut.tile_read(t, n), 0, t))
+
+    def states(self, rows: int, columns: int) -> pl.BlockSpec:
+        """Of [B, H, S, rows, columns]: [S, rows, columns]."""
+        cut = self._tiling
+        block = (None, None, cut.tile, rows, columns)
+        return pl.BlockSpec(block, lambda b, h, t, n: (b, h, cut.tile_read(t, n), 0, 0))
+
+
+class BackwardSpecs:
+    """The same at a step of the grid (batch, heads, pieces, tiles, blocks): the sum over tokens is inmost."""
+
+    def __init__(self, tiling: Tiling):
+        self._tiling = tiling
+
+    def tokens(self, dim: int) -> pl.BlockSpec:
+        """Of [B, H, K, T]: [K, C]."""
+        cut = self._tiling
+        block = (None, None, dim, cut.length)
+        return pl.BlockSpec(block, lambda b, h, p, n, t: (b, h, 0, cut.block_reading(p, n, t)))
+
+    def gates(self) -> pl.BlockSpec:
+        """Of [B, H, S, G, T]: [S, G, C]."""
+        cut = self._tiling
+        block = (None, None, cut.tile, cut.group, cut.length)
+        return pl.BlockSpec(block, lambda b, h, p, n, t: (b, h, n, 0, cut.block_reading(p, n, t)))
+
+    def states(self, rows: int, columns: int) -> pl.BlockSpec:
+        """Of [B, N, H, rows, columns]: the states of a tile, [N, rows, columns]."""
+        cut = self._tiling
+        block = (None, cut.tile * cut.group, None, rows, columns)
+        return pl.BlockSpec(block, lambda b, h, p, n, t: (b, n, h, 0, 0))
+
+    def groups(self, rows: int, columns: int) -> pl.BlockSpec:
+        """Of [B, H, S, rows, columns]: the groups of a tile, [S, rows, columns]."""
+        block = (None, None, self._tiling.tile, rows, columns)
+        return pl.BlockSpec(block, lambda b, h, p, n, t: (b, h, n, 0, 0))
+
+    def tokens_bar(self, dim: int) -> pl.BlockSpec:
+        """Of [B, H, K, T]: [K, C]; it is whole, and leaves, when the last tile has passed."""
+        cut = self._tiling
+        block = (None, None, dim, cut.length)
+
+        def index(b, h, p, n, t):
+            return b, h, 0, p * cut.blocks + jnp.where(n == cut.tiles - 1, t, 0)
+
+        return pl.BlockSpec(block, index)
+
+    def gates_bar(self) -> pl.BlockSpec:
+        """Of [B, H, S, G, T]: [S, G, C], of all blocks."""
+        cut = self._tiling
+        block = (None, None, cut.tile, cut.group, cut.length)
+        return pl.BlockSpec(block, lambda b, h, p, n, t: (b, h, n, 0, p * cut.blocks + t))
+
+    def states_bar(self, rows: int, columns: int) -> pl.BlockSpec:
+        """Of [P, B, N, H, rows, columns]: the states of a tile, [N, rows, columns]."""
+        cut = self._tiling
+        block = (None, None, cut.tile * cut.group, None, rows, columns)
+        return pl.BlockSpec(block, lambda b, h, p, n, t: (p, b, n, h, 0, 0))
