@@ -23,6 +23,8 @@ from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, T
 
 _LENGTH = 512
 _GROUP = 4
+# Rows of weighed queries in one matrix product: of 16 states with 128 dims.
+_ROWS = 2048
 # In VMEM: states of a tile, loaded and (backward) written, twice since the next are on their way; queries.
 _STATES_BYTES = 4 << 20
 _QUERIES_BYTES = 4 << 20
@@ -80,11 +82,15 @@ def _read_kernel(tiling: Tiling, q_KC, gates_SGC, states_SVx, out_VC, sum_VC):
         states = jnp.concatenate([states_SVx[group] for group in groups], axis=1)
         sum_VC[...] += product(states, jnp.concatenate(weighed, axis=0))
 
-    tiles.for_groups(tiling.groups_read_of(block, tile), visit)
+    tiles.for_groups(tiling.groups_read_of(block, tile), visit, _together(tiling, q.shape[0]))
 
     @pl.when(tile == tiling.tiles - 1)
     def _():
         out_VC[...] = sum_VC[...].astype(out_VC.dtype)
+
+
+def _together(tiling, key_dim):
+    return max(1, _ROWS // (tiling.group * key_dim))
 
 
 def read_bar(
@@ -175,7 +181,7 @@ def _read_bar_kernel(
         more = tiles.product_of_lanes(jnp.concatenate(weighed, axis=0), out_bar)
         states_bar_NKV[states] += more.reshape(-1, key_dim, value_dim)
 
-    tiles.for_groups(count, visit)
+    tiles.for_groups(count, visit, _together(tiling, key_dim))
 
     @pl.when(tile == tiling.tiles - 1)
     def _():

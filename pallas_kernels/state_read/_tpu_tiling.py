@@ -19,8 +19,6 @@ from pallas_kernels._state import state_dtype
 _LANES = 128
 # A bfloat16 register has 16 sublanes: dims are padded to that, so that groups of states lie side by side.
 _SUBLANES = 16
-# Groups in one straight piece of code: in a loop, the matrix unit runs empty at the end of every turn.
-_TOGETHER = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ class Tiling:
         if self.segment_length is None:
             return groups
         last = (block + 1) * self.length - 1
-        return jnp.minimum(groups, pl.cdiv(last // self.segment_length, self.group))
+        return jnp.minimum(groups, _ceil(_floor(last, self.segment_length), self.group))
 
     def groups_read_of(self, block, tile):
         """Return how many groups of a tile, counted from its first, some token of a block reads."""
@@ -74,7 +72,7 @@ class Tiling:
         """Return the tile, or the last that the block reads: the tiles after it are then not loaded."""
         if self.segment_length is None or self.tiles == 1:
             return tile
-        return jnp.minimum(tile, jnp.maximum(pl.cdiv(self.groups_read(block), self.tile) - 1, 0))
+        return jnp.minimum(tile, jnp.maximum(_ceil(self.groups_read(block), self.tile) - 1, 0))
 
     def block_reading(self, piece, tile, block):
         """Return the block of a piece, or the first that reads of the tile: those before are not loaded."""
@@ -82,7 +80,7 @@ class Tiling:
         if self.segment_length is None:
             return start + block
         first_token = (tile * self.tile * self.group + 1) * self.segment_length
-        first = jnp.clip(first_token // self.length - start, 0, self.blocks - 1)
+        first = jnp.clip(_floor(first_token, self.length) - start, 0, self.blocks - 1)
         return start + jnp.maximum(block, first)
 
 
@@ -125,14 +123,26 @@ def fit(
     )
 
 
-def for_groups(count, visit, together: int = _TOGETHER) -> None:
-    """Call visit(first group, how many) over `count` groups: as many at once as pays, then one by one."""
+def for_groups(count, visit, together: int) -> None:
+    """Call visit(first group, how many) over `count` groups: `together` in one go, then one by one.
+
+    What is visited together is straight code: at the end of a loop's turn the matrix unit runs empty.
+    """
     if isinstance(count, int) and count <= together:
         visit(0, count)
         return
-    whole = count // together
+    whole = _floor(count, together)
     jax.lax.fori_loop(0, whole, lambda step, _: visit(step * together, together), None)
     jax.lax.fori_loop(whole * together, count, lambda group, _: visit(group, 1), None)
+
+
+def _floor(a, b: int):
+    # Of a number or traced scalar, not negative. A traced `//` looks the chip up, which may not be here.
+    return a // b if isinstance(a, int) else jax.lax.div(a, jnp.int32(b))
+
+
+def _ceil(a, b: int):
+    return _floor(a + (b - 1), b)
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:

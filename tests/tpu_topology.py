@@ -1,0 +1,49 @@
+"""Compiling for TPUs that are not here: libtpu holds the compiler, and needs no chip for it."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+
+import jax
+import pytest
+
+# Read when libtpu is first loaded: no look-up of a TPU's host, and several processes may load it.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+
+from jax.experimental import topologies
+
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+CHIPS = tuple(TOPOLOGIES)
+
+
+@functools.cache
+def _device(chip: str) -> jax.Device:
+    described = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    return described.devices[0]
+
+
+def compile_for(chip: str, function: Callable, *shapes) -> jax.stages.Compiled:
+    """Compile a function for one TPU chip; skip the test where libtpu is not installed.
+
+    Args:
+      chip: one of `CHIPS`.
+      function: what is compiled.
+      *shapes: its arguments, trees of `jax.ShapeDtypeStruct`.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, which compiles for TPUs, is not installed: uv sync --group dev")
+    sharding = jax.sharding.SingleDeviceSharding(_device(chip))
+    described = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+    )
+    return jax.jit(function).lower(*described).compile()
