@@ -186,13 +186,14 @@ def _advance(graph: Any, optimizer: Any, parameters, state, batches, rates, top_
         logits = merge_model(graph, parameters)(batch.tokens, top_k)
         asked = batch.labels != IGNORED
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.labels, 0))
-        return jnp.sum(jnp.where(asked, losses, 0.0)) / jnp.sum(asked)
+        return jnp.sum(jnp.where(asked, losses, 0.0)) / jnp.sum(asked).astype(losses.dtype)
 
     def step(carry, scanned):
         parameters, state = carry
         batch, rate, top_k = scanned
         gradient = jax.grad(loss)(parameters, batch, top_k)
-        updates, state = optimizer.update(gradient, state, parameters)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+            updates, state = optimizer.update(gradient, state, parameters)
         parameters = jax.tree.map(lambda value, update: value - rate * update, parameters, updates)
         return (parameters, state), None
 

@@ -41,7 +41,7 @@ def compile_for(chip: str, function: Callable, *shapes) -> jax.stages.Compiled:
       *shapes: its arguments, trees of `jax.ShapeDtypeStruct`.
     """
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, which compiles for TPUs, is not installed: uv sync --group dev")
+        pytest.skip("libtpu, which compiles for TPUs, is not installed: uv sync --group aot")
     sharding = jax.sharding.SingleDeviceSharding(_device(chip))
     described = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes

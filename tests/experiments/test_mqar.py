@@ -13,10 +13,9 @@ from experiments.mqar_table import cells
 @pytest.fixture
 def optimized():
     """With all of XLA's optimisations, which tests do without: here it is running that takes long."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.mark.slow
