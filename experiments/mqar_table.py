@@ -2,7 +2,8 @@
 
     python -m experiments.mqar_table
 
-It takes an hour on one core and goes on where it was stopped; RESULTS.md is written anew after every row.
+It takes two hours on one core and goes on where it was stopped: its rows are in `mqar_table.jsonl`, and
+RESULTS.md is written anew after each.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from experiments.mqar import LENGTH, LONG, LONG_PAIRS, PAIRS, Cell, Result, run
 
-_FOLDER = Path("runs/mqar")
+_ROWS = Path(__file__).parent / "mqar_table.jsonl"
 _RESULTS = Path(__file__).parent / "RESULTS.md"
 _MATRIX = ("none", "residual", "gated", "sparse", "average")
 _BEGIN, _END = "<!-- mqar: begin -->", "<!-- mqar: end -->"
@@ -30,6 +31,8 @@ def cells() -> dict[str, Cell]:
         "linear, residual": Cell(aggregation="residual"),
         "linear, average": Cell(aggregation="average"),
     }
+    for memory in ("delta", "swla", "titans"):
+        found[f"{memory}, none, keys of 64"] = Cell(memory=memory, aggregation="none", key_dim=64)
     for aggregation in ("none", "gated"):
         for memory in ("delta", "swla", "titans"):
             found[f"{memory}, {aggregation}"] = Cell(memory=memory, aggregation=aggregation)
@@ -46,30 +49,26 @@ def cells() -> dict[str, Cell]:
 
 def main() -> int:
     """Run the rows that are missing, and write the table after each."""
-    _FOLDER.mkdir(parents=True, exist_ok=True)
-    log = _FOLDER / "table.jsonl"
     for name, cell in cells().items():
-        done = _read(log)
-        if name in done:
+        if name in finished():
             continue
         result = run(cell)
-        with log.open("a") as file:
+        with _ROWS.open("a") as file:
             file.write(json.dumps({"name": name, "result": dataclasses.asdict(result)}) + "\n")
-        _write(_read(log))
+        _write()
         print(f"{name}: {result}", flush=True)
-    _write(_read(log))
+    _write()
     return 0
 
 
-def _read(log: Path) -> dict[str, Result]:
-    if not log.is_file():
-        return {}
-    rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+def finished() -> dict[str, Result]:
+    """The rows that were run, by name."""
+    rows = [json.loads(line) for line in _ROWS.read_text().splitlines() if line.endswith("}")]
     return {row["name"]: Result(**row["result"]) for row in rows}
 
 
-def _write(done: dict[str, Result]) -> None:
-    """Put the table in its place between the marks."""
+def table(done: dict[str, Result]) -> str:
+    """The rows in the order of `cells`, as Markdown."""
     lines = [
         f"| memory, aggregation | {LENGTH} tokens, {PAIRS[-1]} pairs | seeds "
         f"| {LONG} tokens, {LONG_PAIRS} pairs | seeds | state, bytes | cache, bytes | seconds a seed |",
@@ -85,9 +84,14 @@ def _write(done: dict[str, Result]) -> None:
             f"| {_each(result.long_accuracy)} | {result.state_bytes:,} | {result.cache_bytes:,} "
             f"| {result.seconds / len(result.accuracy):.0f} |"
         )
+    return "\n".join(lines)
+
+
+def _write() -> None:
+    """Put the table in its place between the marks."""
     before, _, rest = _RESULTS.read_text().partition(_BEGIN)
     _, _, after = rest.partition(_END)
-    _RESULTS.write_text("\n".join([before + _BEGIN, *lines, _END + after]))
+    _RESULTS.write_text("\n".join([before + _BEGIN, table(finished()), _END + after]))
 
 
 def _mean(values: tuple[float, ...]) -> str:

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from mc_jax._absent_tpu import quiet_libtpu
 from mc_jax._arguments import UsageError, did_you_mean
 from mc_jax._commands import COMMANDS
 
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       0; 2 after a mistake of the user, told in one line on stderr; 130 after Ctrl-C; 141 after a closed pipe.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    quiet_libtpu()
     try:
         _dispatch(words)
         sys.stdout.flush()

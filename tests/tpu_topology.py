@@ -2,19 +2,16 @@
 
 import functools
 import importlib.util
-import os
 from collections.abc import Callable
 
 import jax
 import pytest
-
-# Read when libtpu is first loaded: no look-up of a TPU's host, and several processes may load it.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-
 from jax.experimental import topologies
+
+from mc_jax._absent_tpu import quiet_libtpu
+
+quiet_libtpu()
+
 
 TOPOLOGIES = {
     "v4": "v4:2x2x1",

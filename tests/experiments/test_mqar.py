@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 
+from experiments import mqar_table
 from experiments.mqar import Cell, main, run
-from experiments.mqar_table import cells
+from experiments.mqar_table import cells, finished, table
 
 
 @pytest.fixture
@@ -40,6 +42,12 @@ def test_the_table_names_every_memory_and_aggregation_once():
     for memory in ("linear", "swla", "delta", "dla", "titans"):
         found = {cell.aggregation for cell in rows if cell.memory == memory}
         assert found >= {"none", "residual", "gated", "sparse", "average"}
+
+
+def test_the_table_in_results_is_that_of_the_rows_that_were_run():
+    results = (Path(mqar_table.__file__).parent / "RESULTS.md").read_text()
+    assert set(finished()) == set(cells()), "python -m experiments.mqar_table runs what is missing"
+    assert table(finished()) in results, "python -m experiments.mqar_table writes the table anew"
 
 
 @pytest.mark.parametrize(
