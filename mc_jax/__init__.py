@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mc_jax._selftest import selftest
     from mc_jax.caching import memory_caching
 
-__all__ = ["memory_caching"]
+__all__ = ["memory_caching", "selftest"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from mc_jax.caching import memory_caching
 
         return memory_caching
+    if name == "selftest":
+        from mc_jax._selftest import selftest
+
+        return selftest
     raise AttributeError(f"module 'mc_jax' has no attribute {name!r}")

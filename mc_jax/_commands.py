@@ -220,9 +220,25 @@ def prepare(arguments: Sequence[str]) -> None:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelftestArguments:
+    """Compare every kernel with its plain reference on this machine's device."""
+
+
+def selftest(arguments: Sequence[str]) -> None:
+    """Compare every kernel with its plain reference on this machine's device."""
+    parse(SelftestArguments, arguments, program="mc-jax selftest")
+
+    from mc_jax._selftest import selftest as run
+
+    if not run():
+        raise SystemExit(1)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare": prepare,
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "selftest": selftest,
 }

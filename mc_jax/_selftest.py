@@ -1,0 +1,204 @@
+"""Every operation beside its plain reference, on whatever device there is.
+
+Shapes: B batch, T tokens, H heads, K key dim (and value dim), E hidden dim, N states, k choices.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels as ops
+
+_B, _T, _H, _K, _E, _N = 2, 150, 4, 64, 128, 5
+_SEGMENT, _CHUNK = 32, 16
+# Largest root mean squares of differences, over those of the reference: of values, of gradients. Accelerators
+# multiply float32 with the precision of bfloat16 or little more, unless they are told otherwise.
+_ROUNDING = (5e-3, 2e-2)
+_FLOAT32_ON_CPU = (1e-5, 1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An operation on random arguments."""
+
+    name: str
+    """Operation and variant."""
+    run: Callable[..., Any]
+    """Of the arguments, in order; takes `implementation`."""
+    arguments: tuple[Any, ...]
+    """Float32 arrays; those of four axes are given in bfloat16 too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """How far an implementation is from the reference."""
+
+    name: str
+    """Operation and variant."""
+    implementation: str
+    """Which was checked."""
+    dtype: str
+    """Of queries, keys, values."""
+    values: float
+    """Root mean square of the differences, over that of the reference, of the worst result."""
+    gradients: float
+    """The same of the worst gradient."""
+    allowed: tuple[float, float]
+    """How large they may be."""
+
+    @property
+    def passed(self) -> bool:
+        """Both are small enough; a NaN is not."""
+        return self.values <= self.allowed[0] and self.gradients <= self.allowed[1]
+
+
+def selftest() -> bool:
+    """Compare every kernel with its plain reference on this machine's device; print a table; do all agree?
+
+    On a TPU both the TPU's kernels and XLA's versions are compared, elsewhere the latter. It takes minutes, for
+    compiling.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    device = jax.devices()[0]
+    table = Table("operation", "version", "numbers", "values", "gradients", "")
+    console = Console()
+    checks = []
+    with console.status("comparing") as status:
+        for check in run_checks(device.platform):
+            status.update(f"{check.name}, {check.implementation}")
+            checks.append(check)
+            verdict = (
+                "agrees" if check.passed else "DIFFERS, allowed are {:.0e}, {:.0e}".format(*check.allowed)
+            )
+            table.add_row(
+                check.name,
+                check.implementation,
+                check.dtype,
+                f"{check.values:.1e}",
+                f"{check.gradients:.1e}",
+                verdict,
+            )
+    console.print(
+        f"on {device.device_kind}: differences from the reference, relative to it (root mean squares)"
+    )
+    console.print(table)
+    failed = sum(not check.passed for check in checks)
+    console.print(f"{failed} of {len(checks)} differ" if failed else f"all {len(checks)} agree")
+    return not failed
+
+
+def run_checks(platform: str) -> Iterator[Check]:
+    """Yield a check for every operation, version and dtype that a platform has."""
+    versions = ("tpu", "xla") if platform == "tpu" else ("xla",)
+    for case in cases():
+        for version in versions:
+            for dtype in (jnp.float32, jnp.bfloat16):
+                exact = dtype == jnp.float32 and platform == "cpu"
+                yield _check(case, version, dtype, _FLOAT32_ON_CPU if exact else _ROUNDING)
+
+
+def cases() -> list[Case]:
+    """Every operation in its variants."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    def unit(*shape: int) -> jax.Array:
+        x = random.normal(size=shape)
+        return jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), jnp.float32)
+
+    def fraction(low: float, high: float) -> jax.Array:
+        return jnp.asarray(random.uniform(low, high, (_B, _T, _H)), jnp.float32)
+
+    q, k, v = unit(_B, _T, _H, _K), unit(_B, _T, _H, _K), normal(_B, _T, _H, _K)
+    retention, momentum, step = fraction(0.9, 1.0), fraction(0.3, 0.6), fraction(0.1, 1.0)
+    gradient_step = step / (2 * _CHUNK)
+    segments = {"segment_length": _SEGMENT, "chunk_length": _CHUNK}
+
+    def matrix(rule: str, **coefficients: jax.Array) -> Case:
+        def run(q, k, v, coefficients, *, implementation):
+            return ops.chunk_memory(
+                q, k, v, rule=rule, **coefficients, **segments, implementation=implementation
+            )
+
+        return Case(f"chunk_memory, {rule}", run, (q, k, v, coefficients))
+
+    def mlp(objective: str, **coefficients: jax.Array) -> Case:
+        def run(q, k, v, coefficients, initial, *, implementation):
+            return ops.deep_memory(
+                q,
+                k,
+                v,
+                objective=objective,
+                initial_state=initial,
+                **coefficients,
+                **segments,
+                implementation=implementation,
+            )
+
+        initial = normal(_H, _K, _E) / _K**0.5, normal(_H, _E, _K) / _E**0.5
+        return Case(f"deep_memory, {objective}", run, (q, k, v, coefficients, initial))
+
+    gates = jax.nn.softmax(normal(_B, _T, _H, _N))
+    matrices = normal(_B, _N, _H, _K, _K) / _K**0.5
+    mlps = normal(_B, _N, _H, _K, _E) / _K**0.5, normal(_B, _N, _H, _E, _K) / _E**0.5
+    chosen_gates, indices = jax.lax.top_k(gates, 2)
+
+    def routed(q, gates, states, *, implementation):
+        return ops.routed_state_read(q, gates, indices, states, implementation=implementation)
+
+    return [
+        matrix("linear", retention=retention, step=step),
+        matrix("swla", retention=retention, step=step, previous_step=step[::-1]),
+        matrix("delta", retention=retention, step=step),
+        matrix("titans", retention=retention, momentum=momentum, step=gradient_step),
+        mlp("dot", retention=retention, step=gradient_step),
+        mlp("l2", retention=retention, momentum=momentum, step=gradient_step),
+        Case("gated_state_read, matrices", ops.gated_state_read, (q, gates, matrices)),
+        Case("gated_state_read, MLPs", ops.gated_state_read, (q, gates, mlps)),
+        Case("routed_state_read, matrices", routed, (q, chosen_gates, matrices)),
+        Case("routed_state_read, MLPs", routed, (q, chosen_gates, mlps)),
+    ]
+
+
+def _check(case: Case, version: str, dtype, allowed: tuple[float, float]) -> Check:
+    # Both sides see the same, rounded numbers; the reference computes with them in float32.
+    rounded = tuple(x.astype(dtype) if _is_tokens(x) else x for x in case.arguments)
+    wide = tuple(x.astype(jnp.float32) if _is_tokens(x) else x for x in rounded)
+    with jax.default_matmul_precision("float32"):
+        expected = _values_and_gradients(case.run, "reference")(*wide)
+    values, gradients = map(_difference, _values_and_gradients(case.run, version)(*rounded), expected)
+    return Check(case.name, version, jnp.dtype(dtype).name, values, gradients, allowed)
+
+
+def _is_tokens(x) -> bool:
+    return isinstance(x, jax.Array) and x.ndim == 4 and x.shape[-1] == _K
+
+
+@functools.cache  # float32 and bfloat16 share the reference's compilation
+def _values_and_gradients(run, implementation: str) -> Callable:
+    @jax.jit
+    def both(*arguments):
+        results, vjp = jax.vjp(functools.partial(run, implementation=implementation), *arguments)
+        leaves, tree = jax.tree.flatten(results)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        bars = [jax.random.normal(key, x.shape).astype(x.dtype) for key, x in zip(keys, leaves, strict=True)]
+        return results, vjp(jax.tree.unflatten(tree, bars))
+
+    return both
+
+
+def _difference(found, expected) -> float:
+    def relative(a: jax.Array, b: jax.Array) -> float:
+        wide_a, wide_b = (np.asarray(x.astype(jnp.float32), np.float64) for x in (a, b))
+        return float(np.sqrt(np.mean((wide_a - wide_b) ** 2)) / (np.sqrt(np.mean(wide_b**2)) + 1e-8))
+
+    return max(jax.tree.leaves(jax.tree.map(relative, found, expected)))

@@ -1,0 +1,151 @@
+"""What a function costs on a chip that is not here, by the estimates and schedules of its compiler."""
+
+import atexit
+import dataclasses
+import itertools
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+
+from mc_jax._absent_tpu import quiet_libtpu
+from mc_jax.planning.chips import CHIPS, Chip
+from mc_jax.planning.program import Operation, operations
+from mc_jax.planning.schedule import Loop, read_schedule
+
+# What transformations put before a kernel's name.
+_TRANSFORMED = re.compile(r"^(?:transpose_|jvp_|vmap_|checkpoint_)+")
+_schedules: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A Pallas kernel of a program."""
+
+    name: str
+    """As given to `pallas_call`."""
+    calls: int
+    """How often it runs."""
+    bundles: float
+    """Of one run: cycles, if it never has to wait."""
+    copied: float
+    """Bytes that a run moves between HBM and VMEM; what stays in place counts as if it were moved again."""
+
+    def cycles(self, bytes_per_cycle: float) -> float:
+        """Of all runs: the compute's or the copies', whichever take longer."""
+        return self.calls * max(self.bundles, self.copied / bytes_per_cycle)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a function costs, in cycles of one chip."""
+
+    chip: Chip
+    """Where."""
+    operations: tuple[Operation, ...]
+    """All but kernels."""
+    kernels: tuple[Kernel, ...]
+    """Pallas kernels, one entry for each place that calls one."""
+    temporary: int
+    """Bytes of HBM beside arguments and results."""
+
+    @property
+    def bundles(self) -> float:
+        """Of all kernels' runs."""
+        return sum(kernel.calls * kernel.bundles for kernel in self.kernels)
+
+    @property
+    def xla_cycles(self) -> float:
+        """Of all but kernels."""
+        return sum(operation.times * operation.cycles for operation in self.operations)
+
+    @property
+    def cycles(self) -> float:
+        """In all, with kernels' copies charged as the compiler charges operations that stream."""
+        return self.xla_cycles + sum(kernel.cycles(self.chip.streaming) for kernel in self.kernels)
+
+    @property
+    def cycles_at_peak(self) -> float:
+        """In all, with kernels' copies at the peak of HBM."""
+        return self.xla_cycles + sum(kernel.cycles(self.chip.bytes_per_cycle) for kernel in self.kernels)
+
+
+def keep_schedules() -> None:
+    """Have libtpu write its kernels' schedules down; call it before anything is compiled for a TPU."""
+    global _schedules
+    if _schedules is None:
+        _schedules = Path(tempfile.mkdtemp(prefix="schedules"))
+        atexit.register(shutil.rmtree, _schedules, ignore_errors=True)
+        flags = f"--xla_jf_dump_to={_schedules} --xla_jf_dump_llo_text=true"
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+        quiet_libtpu()
+
+
+def cost_of(
+    chip: str,
+    function: Callable,
+    *shapes,
+    turns: Callable[[str], Iterable[float]] = lambda kernel: itertools.repeat(1.0),
+) -> Cost:
+    """Compile a function for one chip and read what it costs; `keep_schedules` must have been called.
+
+    Arguments and results have whatever layouts suit: in a model, what is around a function takes them on.
+
+    Args:
+      chip: a name in `CHIPS`.
+      function: of arrays.
+      *shapes: its arguments, trees of `jax.ShapeDtypeStruct`.
+      turns: for a kernel's name the mean turns of each of its loops that decides them while it runs; 1 if
+        nothing is said.
+    """
+    assert _schedules is not None
+    for path in _schedules.iterdir():
+        path.unlink()
+    described = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
+    sharding = jax.sharding.SingleDeviceSharding(described.devices[0])
+    anyhow = Format(Layout.AUTO, sharding)
+    compiled = jax.jit(function, in_shardings=anyhow, out_shardings=anyhow).lower(*shapes).compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
+    found = tuple(operations(text))
+    calls = Counter()
+    for operation in found:
+        if operation.is_kernel:
+            calls[operation.name] += operation.times
+    kernels = []
+    for name, times in calls.items():
+        loop = _schedule(name)
+        pallas_name = _TRANSFORMED.sub("", name.partition(".")[0]).strip("_")
+        kernels.append(
+            Kernel(
+                name=pallas_name,
+                calls=times,
+                bundles=loop.cycles(iter(turns(pallas_name))),
+                copied=loop.bytes(iter(turns(pallas_name))),
+            )
+        )
+    return Cost(
+        chip=CHIPS[chip],
+        operations=tuple(operation for operation in found if not operation.is_kernel),
+        kernels=tuple(kernels),
+        temporary=memory.temp_size_in_bytes,
+    )
+
+
+def _schedule(operation: str) -> Loop:
+    assert _schedules is not None
+    files = [
+        path
+        for path in _schedules.glob(f"*-{operation}-*-final_bundles.txt")
+        if "schedule-analysis" not in path.name
+    ]
+    assert files, f"libtpu wrote no schedule of {operation}"
+    return read_schedule(max(files).read_text(errors="replace"))

@@ -1,0 +1,105 @@
+"""What the kernels cost on TPUs that are not here, by the schedules and estimates of their compiler.
+
+A bundle is what a core issues in one cycle; a kernel's bundles are its time if it never waits for memory.
+What XLA makes of an op has estimates in cycles. Both are static: ratios on one chip tell more than cycles.
+
+"streaming" charges a kernel's copies from and to HBM at the rate that XLA's estimates grant operations that
+stream, "peak" at the chip's peak. Copies of what stays in place count as if they were made again, so both are
+upper bounds. The bound below is the larger of the matrix products at the chip's peak and of reading arguments
+and writing results once at the peak of HBM. Arguments and results have whatever layouts suit: in a model, the
+operations around an op take on the layouts it asks for.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(_ROOT))
+
+from mc_jax.planning.cost import cost_of, keep_schedules  # noqa: E402 (after the path is set)
+
+keep_schedules()
+
+import _kernel_cases as cases  # noqa: E402 (after libtpu was told to write schedules)
+
+BUDGETS = _ROOT / "pallas_kernels/budgets.json"
+_CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
+_TOKENS = 4096
+
+
+def bundles(chip: str) -> dict[str, float]:
+    """Return the bundles per token and head of every kernel at its case's size: "op: kernel" -> bundles."""
+    found = {}
+    for name, make in cases.CASES.items():
+        case = make(_TOKENS)
+        cost = cost_of(chip, case.both("tpu"), case.bars, *case.shapes)
+        for kernel in cost.kernels:
+            key = f"{name}: {kernel.name}"
+            found[key] = found.get(key, 0.0) + round(kernel.calls * kernel.bundles / case.token_heads, 3)
+    return found
+
+
+def record() -> None:
+    """Write the budgets that a test holds the kernels to."""
+    budgets = {chip: bundles(chip) for chip in _CHIPS}
+    BUDGETS.write_text(json.dumps(budgets, indent=2) + "\n")
+    print(f"wrote {BUDGETS.relative_to(_ROOT)}")
+
+
+def print_ops(chips: list[str], *, xla: bool) -> None:
+    """Print every op beside XLA's version of it and beside its bound."""
+    for chip in chips:
+        print(f"\n{chip}: {_TOKENS:,} tokens, bfloat16; cycles in millions; bundles per token and head")
+        print(
+            f"{'':<34}{'bundles':>9}{'streaming':>11}{'peak':>8}{'bound':>8}{'XLA':>9}{'XLA/ours':>10}"
+            f"{'ours/bound':>12}"
+        )
+        for name, make in cases.CASES.items():
+            case = make(_TOKENS)
+            print_row(f"{name}, forward", case, case.forward, case.shapes, 1, chip, xla)
+            print_row(f"{name}, and backward", case, case.both, (case.bars, *case.shapes), 3, chip, xla)
+
+
+def print_row(name: str, case: cases.Case, function, shapes, products: int, chip: str, xla: bool) -> None:
+    """Print one op; `products` is how often its matrix products are made, forward and backward."""
+    ours = cost_of(chip, function("tpu"), *shapes)
+    bound = max(
+        products * case.products / ours.chip.flops_per_cycle,
+        products * case.bytes / ours.chip.bytes_per_cycle,
+    )
+    row = (
+        f"{name:<34}{ours.bundles / case.token_heads:>9.2f}{ours.cycles / 1e6:>11.2f}"
+        f"{ours.cycles_at_peak / 1e6:>8.2f}{bound / 1e6:>8.2f}"
+    )
+    if xla:
+        theirs = cost_of(chip, function("xla"), *shapes)
+        row += f"{theirs.cycles / 1e6:>9.2f}{theirs.cycles / ours.cycles:>10.1f}"
+    else:
+        row += f"{'':>19}"
+    print(f"{row}{ours.cycles_at_peak / bound:>12.2f}", flush=True)
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(prog="scripts/bench_kernels", description=__doc__.partition("\n")[0])
+    parser.add_argument("--chips", nargs="+", choices=_CHIPS, default=list(_CHIPS))
+    parser.add_argument(
+        "--without-xla", action="store_true", help="leave XLA's versions out: they compile long"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write pallas_kernels/budgets.json, and no table"
+    )
+    parser.add_argument("--bundles", choices=_CHIPS, help="print one chip's bundles as JSON, and no table")
+    arguments = parser.parse_args()
+    if arguments.bundles:
+        print(json.dumps(bundles(arguments.bundles)))
+    elif arguments.record:
+        record()
+    else:
+        print_ops(arguments.chips, xla=not arguments.without_xla)
+
+
+if __name__ == "__main__":
+    main()

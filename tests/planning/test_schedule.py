@@ -1,0 +1,34 @@
+"""A kernel's cycles are read off the schedule that the compiler writes down."""
+
+import itertools
+
+import pytest
+
+from mc_jax.planning.schedule import read_schedule
+
+SCHEDULE = """
+= control target key start
+LB: loop body
+= control target key end
+
+     0   :  { %s1 = smov 0  ;;  %s2 = smov 0 }
+   0x1 LB: > { %s3 = sadd.s32 1, %s2 }
+   0x2   : > { %9 = dma.hbm_to_vmem [thread:$0]  (%p5), /*hbm=*/%s2, /*size_in_granules=*/4, /*vmem=*/%s3 }
+   0x3   :  {} /* a bundle that waits carries no brackets */
+   0x4 LB: >> { %v1 = vld [vmem:[%s3] sm:$0xff] }
+   0x5   : >> { %v2 = vadd.f32 %v1, %v1 }
+   0x6   : > { %10 = dma.vmem_to_hbm [thread:$0]  /*vmem=*/%s3, /*size_in_granules=*/2, /*hbm=*/%s2 }
+   0x7   : > { %p1 = scmp.ge.s32.totalorder %s2, 10 /* loop exit test */ }
+   0x8   :  { %11 = vsyncpa [#allocation5], 1 }
+"""
+
+
+def test_bundles_and_copies_are_multiplied_by_the_turns_of_their_loops():
+    kernel = read_schedule(SCHEDULE)
+    assert kernel.cycles(itertools.repeat(3)) == 2 + 10 * (5 + 3 * 2)
+    assert kernel.bytes(itertools.repeat(3)) == 10 * 32 * (4 + 2)
+
+
+def test_a_loop_that_decides_its_turns_while_it_runs_must_be_told_of():
+    with pytest.raises(ValueError, match="give the mean"):
+        read_schedule(SCHEDULE).cycles(iter(()))
