@@ -1,12 +1,14 @@
 """The operations: one folder each, which picks an implementation; they import nothing of mc_jax."""
 
 from pallas_kernels.chunk_memory import chunk_memory, memory_step
+from pallas_kernels.decode_step import decode_step
 from pallas_kernels.deep_memory import deep_memory, deep_memory_step
 from pallas_kernels.routed_read import routed_state_read
 from pallas_kernels.state_read import gated_state_read
 
 __all__ = [
     "chunk_memory",
+    "decode_step",
     "deep_memory",
     "deep_memory_step",
     "gated_state_read",

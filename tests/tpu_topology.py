@@ -29,13 +29,14 @@ def _device(chip: str) -> jax.Device:
     return described.devices[0]
 
 
-def compile_for(chip: str, function: Callable, *shapes) -> jax.stages.Compiled:
+def compile_for(chip: str, function: Callable, *shapes, donate_argnums=()) -> jax.stages.Compiled:
     """Compile a function for one TPU chip; skip the test where libtpu is not installed.
 
     Args:
       chip: one of `CHIPS`.
       function: what is compiled.
       *shapes: its arguments, trees of `jax.ShapeDtypeStruct`.
+      donate_argnums: which of them it may overwrite.
     """
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which compiles for TPUs, is not installed: uv sync --group aot")
@@ -43,4 +44,4 @@ def compile_for(chip: str, function: Callable, *shapes) -> jax.stages.Compiled:
     described = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
     )
-    return jax.jit(function).lower(*described).compile()
+    return jax.jit(function, donate_argnums=donate_argnums).lower(*described).compile()

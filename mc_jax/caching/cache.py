@@ -12,7 +12,7 @@ from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.caching.reading import Cached
 from mc_jax.caching.router import Pooled
 from mc_jax.caching.settings import Settings
-from mc_jax.caching.storage import Storage, pack, put, put_states, to_place, unpack
+from mc_jax.caching.storage import Packed, Storage, pack, put, put_states, to_place, unpack
 from pallas_kernels._state import OnlineState, Weights, batch_weights, select_rows
 
 
@@ -119,6 +119,16 @@ class Cache:
         place = (self.count[:, None] - held + age) % max(self.capacity, 1)
         return place, age < held
 
+    def next_place(self) -> tuple[jax.Array, jax.Array]:
+        """Where each row's next token leaves its state [B], int32, and whether it does, bool.
+
+        It does where it completes a segment for which there is a place.
+        """
+        completed = (self.length + 1) % self.settings.segment_length == 0
+        if self.storage.when_full == "error":
+            completed = completed & (self.count < self.capacity)
+        return self.count % max(self.capacity, 1), completed
+
     def overflowed(self) -> jax.Array:
         """Rows [B] that had more memories to cache than places; their reads are NaN from there on."""
         if self.storage.when_full == "drop-oldest" or AGGREGATIONS[self.settings.aggregation].gates is None:
@@ -184,23 +194,23 @@ def write_segment(
     return Segment(key_sum=key_sum, key_count=segment.key_count + here, log_retention=log_sum)
 
 
-def append_token(cache: Cache, online: OnlineState, segment: Segment) -> Cache:
+def append_token(cache: Cache, online: OnlineState, segment: Segment, states: Packed | None = None) -> Cache:
     """The cache after one more token a row; a segment that it completes is cached.
 
     Args:
       cache: the cache before the token.
       online: the online state after it.
       segment: what is known of its segment with it.
+      states: the cached states where the completed one is among them already; None: it is put there.
     """
     length = cache.length + 1
     completed = length % cache.settings.segment_length == 0
     cached, pooled = cache.cached, cache.pooled
     if AGGREGATIONS[cache.settings.aggregation].gates is not None and cache.capacity:
-        place = cache.count % cache.capacity
-        write = completed
-        if cache.storage.when_full == "error":
-            write = write & (cache.count < cache.capacity)
-        states = put_states(cached.states, pack(online.weights, cache.storage), place, write, cache.storage)
+        place, write = cache.next_place()
+        if states is None:
+            new = pack(online.weights, cache.storage)
+            states = put_states(cached.states, new, place, write, cache.storage)
         tokens = jnp.sum(segment.key_count, axis=1)
         rest = put((cached.tokens, cached.log_retention), (tokens, segment.log_retention), place, write)
         cached = Cached(states, *rest)

@@ -15,7 +15,7 @@ from mc_jax.caching.prefill import cache_after
 from mc_jax.caching.reading import Cached, Routing, choose, combine
 from mc_jax.caching.settings import Settings
 from mc_jax.caching.storage import Storage, fetch_selected, to_place, unpack
-from mc_jax.memories import Coefficients, Layout, Memory, MixableMemory, memory_for
+from mc_jax.memories import Coefficients, DecodableMemory, Layout, Memory, MixableMemory, memory_for
 from pallas_kernels._state import Weights, state_dtype
 
 
@@ -259,39 +259,63 @@ def decode(
             mean = jnp.sum(segment.key_sum, axis=1) / jnp.sum(segment.key_count, axis=1)[:, None, None]
             online_logit = jnp.sum(routing.u * mean, axis=-1)
         scores = Scores(router.score(routing.u[:, None], cache.pooled), online_logit[:, None])
-    gates, states = None, cache.cached.states
-    if AGGREGATIONS[settings.aggregation].gates is not None:
-        gates, states = _choose_cached(cache, scores, dtype)
     chunk_start = cache.length % settings.chunk_length == 0
-    mixable = _mixable(settings, memory)
-    if mixable is None:
+    gates = None
+    if AGGREGATIONS[settings.aggregation].gates is not None:
+        gates = _choose_cached(cache, scores)
+    mixable, appended = _mixable(settings, memory), None
+    if isinstance(gates, Selection) and isinstance(memory, DecodableMemory) and cache.storage.is_plain:
+        place, write = cache.next_place()
+        y, online, appended = memory.decode(
+            cache.online,
+            q,
+            k,
+            v,
+            coefficients,
+            chunk_start,
+            gates.online[:, 0],
+            gates.cached[:, 0],
+            gates.indices[:, 0],
+            cache.cached.states,
+            jnp.where(write, place, -1),
+        )
+    elif mixable is None:
         read, online = memory.step(cache.online, q, k, v, coefficients, chunk_start)
+        gates, states = _fetch(cache, gates, dtype)
         y = combine(memory, q[:, None], read[:, None], gates, states, None)[:, 0]
     else:
+        gates, states = _fetch(cache, gates, dtype)
         assert gates is not None
         y, online = mixable.step_mixed(
             cache.online, q, k, v, coefficients, chunk_start, gates.online[:, 0], gates.cached[:, 0], states
         )
     if gates is not None:
         y = jnp.where(cache.overflowed()[:, None, None], jnp.nan, y)
-    return y.astype(v.dtype), append_token(cache, online, segment)
+    return y.astype(v.dtype), append_token(cache, online, segment, appended)
 
 
-def _choose_cached(cache: Cache, scores: Scores | None, dtype: jnp.dtype) -> tuple[Gates, Weights]:
-    """One token's gates, and the states that they weigh: all of the cache, or just those it selects."""
+def _choose_cached(cache: Cache, scores: Scores | None) -> Gates | Selection:
+    """One token's gates, of all places of the cache or of those it selects."""
     place, there = cache.by_age()
     moves = cache.storage.when_full == "drop-oldest"
     if scores is not None and moves:
         scores = Scores(jnp.take_along_axis(scores.cached, place[:, None, None], axis=-1), scores.online)
     gates = choose(cache.settings, scores, there[:, None], cache.cached, None)
-    states = cache.cached.states
     if isinstance(gates, Selection):
-        indices = jnp.take_along_axis(place[:, None], gates.indices[:, 0], axis=-1)
-        states = fetch_selected(states, indices, cache.storage)
-        return Gates(gates.online, gates.cached), unpack(states, dtype)
+        indices = jnp.take_along_axis(place[:, None, None], gates.indices, axis=-1)
+        return gates._replace(indices=indices)
     if moves:
         age = jnp.argsort(place, axis=-1)
-        gates = Gates(gates.online, jnp.take_along_axis(gates.cached, age[:, None, None], axis=-1))
+        return gates._replace(cached=jnp.take_along_axis(gates.cached, age[:, None, None], axis=-1))
+    return gates
+
+
+def _fetch(cache: Cache, gates: Gates | Selection | None, dtype: jnp.dtype) -> tuple[Gates | None, Weights]:
+    """The cached states that a token's gates weigh, on the device: all, or just those it selects."""
+    states = cache.cached.states
+    if isinstance(gates, Selection):
+        states = fetch_selected(states, gates.indices[:, 0], cache.storage)
+        gates = Gates(gates.online, gates.cached)
     # Few enough that all are selected, if they lie in the host's memory.
     return gates, unpack(to_place(states, Storage()), dtype)
 

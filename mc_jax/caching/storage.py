@@ -50,6 +50,11 @@ class Storage:
         if self.max_cached is not None and self.max_cached < 1:
             raise ValueError(f"max_cached is {self.max_cached}; set it to 1 or more")
 
+    @property
+    def is_plain(self) -> bool:
+        """That the states are arrays of floats on the device."""
+        return self.place == "device" and self.state_dtype != "int8"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,14 @@
 """The recurrences, by name. A new memory is one file here and one entry in `MEMORIES`."""
 
-from mc_jax.memories._interface import Coefficients, Family, Layout, Memory, MemoryRun, MixableMemory
+from mc_jax.memories._interface import (
+    Coefficients,
+    DecodableMemory,
+    Family,
+    Layout,
+    Memory,
+    MemoryRun,
+    MixableMemory,
+)
 from mc_jax.memories.delta import DELTA
 from mc_jax.memories.dla import DLA
 from mc_jax.memories.linear import LINEAR
@@ -34,6 +42,7 @@ def memory_for(name: str, weights: Weights | None) -> Memory:
 __all__ = [
     "MEMORIES",
     "Coefficients",
+    "DecodableMemory",
     "Family",
     "Layout",
     "Memory",

@@ -135,6 +135,28 @@ class MixableMemory(Memory, Protocol):
         ...
 
 
+@runtime_checkable
+class DecodableMemory(Memory, Protocol):
+    """A memory that writes a token, reads, and appends its state to the cached ones, all at once."""
+
+    def decode(
+        self,
+        state: OnlineState,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        coefficients: Coefficients,
+        chunk_start: jax.Array,
+        online_gate: jax.Array,
+        gates: jax.Array,
+        indices: jax.Array,
+        states: Weights,
+        slot: jax.Array,
+    ) -> tuple[jax.Array, OnlineState, Weights]:
+        """Write, then query online and selected states [B, H, k]; put the state in slot [B], -1 nowhere."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """A recurrence and the kinds of state it is defined on."""

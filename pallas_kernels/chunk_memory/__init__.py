@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._state import OnlineState
+from pallas_kernels._step import memory_step
 from pallas_kernels.chunk_memory import reference, xla
-from pallas_kernels.chunk_memory.step import memory_step
 
 __all__ = ["chunk_memory", "memory_step"]
 

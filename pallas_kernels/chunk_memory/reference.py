@@ -15,7 +15,7 @@ from pallas_kernels._state import (
     select_rows,
     state_dtype,
 )
-from pallas_kernels.chunk_memory.step import memory_step
+from pallas_kernels._step import memory_step
 
 
 def chunk_memory(
