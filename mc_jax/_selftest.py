@@ -60,8 +60,8 @@ class Check:
 def selftest() -> bool:
     """Compare every kernel with its plain reference on this machine's device; print a table; do all agree?
 
-    On a TPU both the TPU's kernels and XLA's versions are compared, elsewhere the latter. It takes minutes, for
-    compiling.
+    On a TPU both the TPU's kernels and XLA's versions are compared, elsewhere the latter. It takes minutes:
+    what takes long is compiling.
     """
     from rich.console import Console
     from rich.table import Table
