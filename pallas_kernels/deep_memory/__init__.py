@@ -7,12 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._state import OnlineState
-from pallas_kernels.deep_memory import reference, xla
+from pallas_kernels.deep_memory import _default, reference, tpu, xla
 from pallas_kernels.deep_memory.step import check_objective, deep_memory_step
 
 __all__ = ["deep_memory", "deep_memory_step"]
 
-_IMPLEMENTATIONS = {"reference": reference.deep_memory, "xla": xla.deep_memory}
+_IMPLEMENTATIONS = {
+    "reference": reference.deep_memory,
+    "tpu": tpu.deep_memory,
+    "xla": xla.deep_memory,
+    None: _default.deep_memory,
+}
 _SEGMENT_INITS = ("checkpoint", "independent")
 
 
@@ -46,7 +51,7 @@ def deep_memory(
       dot  W_t = a W_{t-1} - h grad[-<M(k_t), v_t>] (MC eq. 30, ATLAS eq. 19)
       l2   S_t = m S_{t-1} - h grad[1/2 ||M(k_t) - v_t||^2], W_t = a W_{t-1} + S_t (Titans eq. 13-14)
     Weights, coefficients and writes are kept and computed in float32 (float64 if q is); reads are products in
-    q's dtype, accumulated in float32.
+    q's dtype, accumulated in float32. ("tpu": products of writes are in q's dtype too.)
 
     Args:
       q: queries [B, T, H, K].
@@ -69,7 +74,9 @@ def deep_memory(
         nothing. None: all.
       hidden_bias: [B, T, H, E], hidden units of other weights mixed in (MC eq. 14-15); None is 0.
       hidden_gate: [B, T, H], the share of this memory in that mixture; None is 1.
-      implementation: "xla", "reference"; None picks the best.
+      implementation: "tpu", "xla" or "reference"; None picks the best for the platform that the program is
+        compiled for. "tpu" is float32 and bfloat16, and not split over devices by itself: it belongs in a
+        `jax.shard_map` over batch and heads.
 
     Returns:
       The branch gelu(q_t W_in,t) W_out,t without the skip q_t, [B, T, H, V] in q's dtype; the weights after
@@ -84,8 +91,8 @@ def deep_memory(
     check_objective(objective, momentum, previous_step)
     if segment_init not in _SEGMENT_INITS:
         raise ValueError(f"segment_init is {segment_init!r}; choose one of {', '.join(_SEGMENT_INITS)}")
-    if implementation not in (None, *_IMPLEMENTATIONS):
-        names = ", ".join(_IMPLEMENTATIONS)
+    if implementation not in _IMPLEMENTATIONS:
+        names = ", ".join(name for name in _IMPLEMENTATIONS if name)
         raise ValueError(f"implementation is {implementation!r}; choose one of {names}, or None for the best")
     if segment_length < 1 or chunk_length < 1 or segment_length % chunk_length:
         raise ValueError(
@@ -111,7 +118,7 @@ def deep_memory(
             "hidden_gate": (hidden_gate, ("T", "H")),
         },
     )
-    branch, states, final, hidden = _IMPLEMENTATIONS[implementation or "xla"](
+    branch, states, final, hidden = _IMPLEMENTATIONS[implementation](
         q,
         k,
         v,
