@@ -60,6 +60,26 @@ def batch_weights[W: Weights](initial_state: W, batch: int, dtype: jnp.dtype) ->
     return jax.tree.map(expand, initial_state)
 
 
+def last_token(k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return key [B, H, K] and value [B, H, V] of each row's last token, zeros where a row has none.
+
+    Args:
+      k: [B, T, H, K].
+      v: [B, T, H, V].
+      lengths: tokens of each row [B]; None: all.
+    """
+    dtype = state_dtype(k)
+    if lengths is None:
+        return k[:, -1].astype(dtype), v[:, -1].astype(dtype)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None, None]
+
+    def at_last(x: jax.Array) -> jax.Array:
+        x = jnp.take_along_axis(x, last, axis=1)[:, 0].astype(dtype)
+        return jnp.where((lengths > 0)[:, None, None], x, jnp.zeros_like(x))
+
+    return at_last(k), at_last(v)
+
+
 def state_dtype(q: jax.Array) -> jnp.dtype:
     """Return the dtype of states, gates and gradients: float32, or float64 if the queries are."""
     return jnp.dtype(jnp.float64 if q.dtype == jnp.float64 else jnp.float32)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import pytest
 from jax.experimental import topologies
+from jax.sharding import AxisType
 
 from mc_jax._absent_tpu import quiet_libtpu
 
@@ -40,8 +41,10 @@ def compile_for(chip: str, function: Callable, *shapes, donate_argnums=()) -> ja
     """
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which compiles for TPUs, is not installed: uv sync --group aot")
-    sharding = jax.sharding.SingleDeviceSharding(_device(chip))
+    mesh = jax.sharding.Mesh([_device(chip)], "chip", axis_types=(AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P())
     described = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
     )
-    return jax.jit(function, donate_argnums=donate_argnums).lower(*described).compile()
+    with jax.set_mesh(mesh):
+        return jax.jit(function, donate_argnums=donate_argnums).lower(*described).compile()

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
+from jax.sharding import AxisType
 
 from mc_jax._absent_tpu import quiet_libtpu
 from mc_jax.planning.chips import CHIPS, Chip
@@ -109,9 +110,10 @@ def cost_of(
     for path in _schedules.iterdir():
         path.unlink()
     described = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
-    sharding = jax.sharding.SingleDeviceSharding(described.devices[0])
-    anyhow = Format(Layout.AUTO, sharding)
-    compiled = jax.jit(function, in_shardings=anyhow, out_shardings=anyhow).lower(*shapes).compile()
+    mesh = jax.sharding.Mesh(described.devices[:1], "chip", axis_types=(AxisType.Auto,))
+    anyhow = Format(Layout.AUTO, jax.NamedSharding(mesh, jax.P()))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function, in_shardings=anyhow, out_shardings=anyhow).lower(*shapes).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None

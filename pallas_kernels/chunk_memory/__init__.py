@@ -6,13 +6,18 @@ B batch, T tokens, S segments, H heads, K key dim, V value dim.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._platform import on_tpu
 from pallas_kernels._state import OnlineState
 from pallas_kernels._step import memory_step
-from pallas_kernels.chunk_memory import reference, xla
+from pallas_kernels.chunk_memory import reference, tpu, xla
 
 __all__ = ["chunk_memory", "memory_step"]
 
-_IMPLEMENTATIONS = {"reference": reference.chunk_memory, "xla": xla.chunk_memory}
+_IMPLEMENTATIONS = {
+    "reference": reference.chunk_memory,
+    "tpu": tpu.chunk_memory,
+    "xla": xla.chunk_memory,
+}
 _RULES = ("linear", "swla", "delta", "titans")
 _SEGMENT_INITS = ("checkpoint", "independent")
 
@@ -64,7 +69,10 @@ def chunk_memory(
         anew from the initial state. For titans documents must start at multiples of chunk_length.
       lengths: [B] integers, tokens of each row that are written; reads after them are finite but mean
         nothing. None: all.
-      implementation: "xla", "reference"; None picks the best.
+      implementation: "tpu" (linear and swla), "xla" or "reference"; None picks the best for the platform of
+        the mesh that is set (`jax.set_mesh`), or else of the default device. "tpu" is float32 and bfloat16,
+        takes a retention below 2^-64 for that and gives it no gradient (which goes through the logarithm),
+        and is not split over devices by itself: it belongs in a `jax.shard_map` over batch and heads.
 
     Returns:
       The reads q_t M_t [B, T, H, V] in q's dtype; the state after each segment [B, S, H, K, V]; and the state
@@ -92,7 +100,10 @@ def chunk_memory(
         if coefficient is not None and rule != owner:
             raise ValueError(f"{name} means nothing to rule {rule!r}; leave it out, or choose rule {owner!r}")
     _check_shapes(q, k, v, (retention, momentum, step, previous_step), initial_state, document_ids, lengths)
-    return _IMPLEMENTATIONS[implementation or "xla"](
+    if implementation is None:
+        kernel = on_tpu(q) and tpu.has_kernel(q, v, rule=rule, segment_length=segment_length)
+        implementation = "tpu" if kernel else "xla"
+    return _IMPLEMENTATIONS[implementation](
         q,
         k,
         v,

@@ -15,6 +15,7 @@ from pallas_kernels._state import (
     OnlineState,
     batch_weights,
     initial_online_state,
+    last_token,
     select_rows,
     state_dtype,
 )
@@ -155,6 +156,7 @@ def _final_state(
 ) -> OnlineState:
     """Return the state after each row's last token, out of the state after the last segment or segments."""
     batch, count = k.shape[:2]
+    previous = None if state.previous is None else last_token(k, v, lengths)
     lengths = jnp.full((batch,), count, jnp.int32) if lengths is None else lengths
     last = jnp.maximum(lengths - 1, 0)
 
@@ -167,9 +169,4 @@ def _final_state(
     if state.anchor is not None:
         anchor = select_rows(lengths % chunk_length == 0, state.weights, state.anchor)
         state = dataclasses.replace(state, anchor=anchor)
-    if state.previous is not None:
-        previous = (at(k, last), at(v, last))
-        previous = jax.tree.map(lambda x: x.astype(state_dtype(k)), previous)
-        previous = select_rows(lengths > 0, previous, jax.tree.map(jnp.zeros_like, previous))
-        state = dataclasses.replace(state, previous=previous)
-    return state
+    return dataclasses.replace(state, previous=previous)

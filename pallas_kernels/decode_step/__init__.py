@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._platform import on_tpu
 from pallas_kernels._state import OnlineState
-from pallas_kernels.decode_step import _default, reference, tpu, xla
+from pallas_kernels.decode_step import reference, tpu, xla
 
 __all__ = ["decode_step"]
 
@@ -12,7 +13,6 @@ _IMPLEMENTATIONS = {
     "reference": reference.decode_step,
     "tpu": tpu.decode_step,
     "xla": xla.decode_step,
-    None: _default.decode_step,
 }
 
 
@@ -57,9 +57,9 @@ def decode_step(
       step: [batch, heads]; None is 1.
       previous_step: [batch, heads]; None is 0. Only swla.
       chunk_start: [batch] bool, rows whose token begins a chunk. Only titans, which needs it.
-      implementation: "tpu", "xla" or "reference"; None picks the best for the platform that the program is
-        compiled for. "tpu" is float32 and bfloat16, and not split over devices by itself: it belongs in a
-        `jax.shard_map` over batch and heads. It has no gradient.
+      implementation: "tpu", "xla" or "reference"; None picks the best for the platform of the mesh that is
+        set (`jax.set_mesh`), or else of the default device. "tpu" is float32 and bfloat16, and not split
+        over devices by itself: it belongs in a `jax.shard_map` over batch and heads. It has no gradient.
 
     Returns:
       The read [batch, heads, value_dim] in q's dtype, the online state after the token, and the cache.
@@ -91,8 +91,9 @@ def decode_step(
             raise ValueError(f"{name} are {numbers.dtype}; give integers")
     if rule == "titans" and chunk_start is None:
         raise ValueError("titans takes its gradients at the start of a chunk; give chunk_start")
+    implementation = implementation or ("tpu" if on_tpu(state.weights) else "xla")
     if implementation not in _IMPLEMENTATIONS:
-        names = ", ".join(name for name in _IMPLEMENTATIONS if name)
+        names = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"unknown implementation {implementation!r}; choose from {names}")
     return _IMPLEMENTATIONS[implementation](
         state,

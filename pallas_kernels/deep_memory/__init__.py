@@ -6,8 +6,9 @@ B batch, T tokens, S segments, H heads, K key dim, V value dim (K = V), E hidden
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._platform import on_tpu
 from pallas_kernels._state import OnlineState
-from pallas_kernels.deep_memory import _default, reference, tpu, xla
+from pallas_kernels.deep_memory import reference, tpu, xla
 from pallas_kernels.deep_memory.step import check_objective, deep_memory_step
 
 __all__ = ["deep_memory", "deep_memory_step"]
@@ -16,7 +17,6 @@ _IMPLEMENTATIONS = {
     "reference": reference.deep_memory,
     "tpu": tpu.deep_memory,
     "xla": xla.deep_memory,
-    None: _default.deep_memory,
 }
 _SEGMENT_INITS = ("checkpoint", "independent")
 
@@ -74,9 +74,9 @@ def deep_memory(
         nothing. None: all.
       hidden_bias: [B, T, H, E], hidden units of other weights mixed in (MC eq. 14-15); None is 0.
       hidden_gate: [B, T, H], the share of this memory in that mixture; None is 1.
-      implementation: "tpu", "xla" or "reference"; None picks the best for the platform that the program is
-        compiled for. "tpu" is float32 and bfloat16, and not split over devices by itself: it belongs in a
-        `jax.shard_map` over batch and heads.
+      implementation: "tpu", "xla" or "reference"; None picks the best for the platform of the mesh that is
+        set (`jax.set_mesh`), or else of the default device. "tpu" is float32 and bfloat16, and not split
+        over devices by itself: it belongs in a `jax.shard_map` over batch and heads.
 
     Returns:
       The branch gelu(q_t W_in,t) W_out,t without the skip q_t, [B, T, H, V] in q's dtype; the weights after
@@ -91,8 +91,9 @@ def deep_memory(
     check_objective(objective, momentum, previous_step)
     if segment_init not in _SEGMENT_INITS:
         raise ValueError(f"segment_init is {segment_init!r}; choose one of {', '.join(_SEGMENT_INITS)}")
+    implementation = implementation or ("tpu" if on_tpu(q) else "xla")
     if implementation not in _IMPLEMENTATIONS:
-        names = ", ".join(name for name in _IMPLEMENTATIONS if name)
+        names = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"implementation is {implementation!r}; choose one of {names}, or None for the best")
     if segment_length < 1 or chunk_length < 1 or segment_length % chunk_length:
         raise ValueError(

@@ -18,7 +18,17 @@ from pallas_kernels.deep_memory._tpu_layout import Cut, Specs, scratch, segment_
 
 
 def run_bar(
-    cut: Cut, tokens, coefficients, initial, restarts, ends, kept, branch_bar, states_bar, final_bar, anchor_bar
+    cut: Cut,
+    tokens,
+    coefficients,
+    initial,
+    restarts,
+    ends,
+    kept,
+    branch_bar,
+    states_bar,
+    final_bar,
+    anchor_bar,
 ):
     """Return the gradients of tokens, coefficients and initial weights.
 

@@ -32,7 +32,7 @@ def run(
       coefficients: [B, H, M, R, C] float32.
       initial: W_in [B, H, K, E] and W_out transposed, float32.
       restarts: [B, M] int32, not 0 where the memory starts anew.
-      ends: [B, 2] int32, the block whose last state is the final one, and the chunk whose first is the anchor.
+      ends: [B, 2] int32, the block whose last state is the final one, the chunk whose first is the anchor.
       keep: whether to return, in the tokens' dtype, the states that blocks start from, for the gradient.
     """
     batch, dtype = tokens[0].shape[0], tokens[0].dtype
@@ -62,7 +62,10 @@ def run(
         ),
         out_shape=(
             shape(*tokens[0].shape[1:], dtype=dtype),
-            (shape(cut.segments, cut.heads, key_dim, hidden), shape(cut.segments, cut.heads, hidden, key_dim)),
+            (
+                shape(cut.segments, cut.heads, key_dim, hidden),
+                shape(cut.segments, cut.heads, hidden, key_dim),
+            ),
             cut.tree(leaf),
             (leaf, leaf) if cut.anchored else None,
             cut.tree(kept) if keep else None,

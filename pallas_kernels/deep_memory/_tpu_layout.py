@@ -1,11 +1,11 @@
 """How the MLP memory is laid out for the TPU's kernels, and what of it is in VMEM at a step of their grid.
 
-A step (batch, heads, block) works on a block of chunks of some heads; blocks pass one after the other, and the
-weights stay in VMEM. Heads lie side by side along lanes, as they come. Dims are padded to whole registers with
-zeros: zero weights have zero gradients, and so stay what they are.
+A step (batch, heads, block) works on a block of chunks of some heads; blocks pass one after the other, and
+the weights stay in VMEM. Heads lie side by side along lanes, as they come. Dims are padded to whole registers
+with zeros: zero weights have zero gradients, and so stay what they are.
 
-Shapes: B batch, S segments, M chunks in all, N chunks of a block, C chunk, H heads (of a step), K key dim (and
-value dim), E hidden dim, R coefficients.
+Shapes: B batch, S segments, M chunks in all, N chunks of a block, C chunk, H heads (of a step), K key dim
+(and value dim), E hidden dim, R coefficients.
 """
 
 import dataclasses
@@ -184,7 +184,7 @@ def segment_ends(cut: Cut, block):
     return jax.lax.rem(block + 1, jnp.int32(cut.blocks_of_segment)) == 0
 
 
-def scratch(cut: Cut, heads: int) -> pltpu.VMEM:
+def scratch(cut: Cut, heads: int):
     """Return a leaf of the state of the heads of a step."""
     return pltpu.VMEM((heads, cut.key_dim, cut.hidden), jnp.float32)
 

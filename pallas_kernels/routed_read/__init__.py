@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._platform import platform
 from pallas_kernels._state import Weights
 from pallas_kernels.routed_read import reference, xla
 
@@ -13,7 +14,6 @@ _IMPLEMENTATIONS = {
     "gather": xla.gather,
     "blocks": xla.in_blocks,
     "ragged_dot": xla.by_ragged_dot,
-    None: xla.routed_state_read,
 }
 
 
@@ -38,7 +38,7 @@ def routed_state_read(
       states: cached matrices [batch, states, heads, key_dim, value_dim], or of MLPs the pair (w_in [batch,
         states, heads, key_dim, hidden], w_out [batch, states, heads, hidden, value_dim]).
       implementation: "gather", "blocks", "ragged_dot" or "reference"; None picks the best for the platform
-        that the program is compiled for.
+        of the mesh that is set (`jax.set_mesh`), or else of the default device.
 
     Returns:
       [batch, length, heads, value_dim] of q's dtype.
@@ -67,7 +67,11 @@ def routed_state_read(
             f"w_out {w_out.shape} does not fit w_in {w_in.shape}; "
             "give [batch, states, heads, hidden, value_dim]"
         )
+    if implementation is None:
+        # A token alone (in decoding) has nothing to share a state with.
+        grouped = "blocks" if platform() == "cpu" else "ragged_dot"
+        implementation = grouped if length > 1 else "gather"
     if implementation not in _IMPLEMENTATIONS:
-        names = ", ".join(name for name in _IMPLEMENTATIONS if name)
+        names = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"unknown implementation {implementation!r}; choose from {names}")
     return _IMPLEMENTATIONS[implementation](q, gates, indices.astype(jnp.int32), states)

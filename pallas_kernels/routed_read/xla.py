@@ -23,19 +23,6 @@ type Product = Callable[[jax.Array, jax.Array], jax.Array]
 """Rows [R, K] times the states [..., K, V] that they read."""
 
 
-def routed_state_read(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
-    """See `pallas_kernels.routed_read.routed_state_read`; shapes as there."""
-    if q.shape[1] == 1:
-        return gather(q, gates, indices, states)
-
-    @jax.checkpoint
-    def read(*arguments):
-        # Decided when the program is compiled, which may be for another platform than this one.
-        return jax.lax.platform_dependent(*arguments, cpu=in_blocks, default=by_ragged_dot)
-
-    return read(q, gates, indices, states)
-
-
 def gather(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
     """Copy to every token the states that it reads: for one token a row, in decoding."""
     of_head = jax.vmap(lambda leaf, chosen: leaf[chosen], in_axes=(1, 1), out_axes=1)
@@ -44,6 +31,7 @@ def gather(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) 
     return jnp.sum(gates[..., None].astype(reads_BTHkV.dtype) * reads_BTHkV, axis=3).astype(q.dtype)
 
 
+@jax.checkpoint
 def in_blocks(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
     """Pad the tokens of each state to whole blocks, each a product with its own copy of the state.
 

@@ -2,8 +2,9 @@
 
 import jax
 
+from pallas_kernels._platform import on_tpu
 from pallas_kernels._state import Weights
-from pallas_kernels.state_read import _default, reference, tpu, xla
+from pallas_kernels.state_read import reference, tpu, xla
 
 __all__ = ["gated_state_read"]
 
@@ -11,7 +12,6 @@ _IMPLEMENTATIONS = {
     "reference": reference.gated_state_read,
     "tpu": tpu.gated_state_read,
     "xla": xla.gated_state_read,
-    None: _default.gated_state_read,
 }
 
 
@@ -34,9 +34,9 @@ def gated_state_read(
         states, heads, key_dim, hidden], w_out [batch, states, heads, hidden, value_dim]).
       segment_length: a promise that gates[:, t, :, n] is 0 unless n < t // segment_length: much of what is
         not read is then skipped, and those gates may get a zero gradient. None: no promise.
-      implementation: "tpu", "xla" or "reference"; None picks the best for the platform that the program is
-        compiled for. "tpu" is float32 and bfloat16, and not split over devices by itself: it belongs in a
-        `jax.shard_map` over batch and heads.
+      implementation: "tpu", "xla" or "reference"; None picks the best for the platform of the mesh that is
+        set (`jax.set_mesh`), or else of the default device. "tpu" is float32 and bfloat16, and not split
+        over devices by itself: it belongs in a `jax.shard_map` over batch and heads.
 
     Returns:
       [batch, length, heads, value_dim] of q's dtype.
@@ -62,7 +62,10 @@ def gated_state_read(
         )
     if segment_length is not None and segment_length < 1:
         raise ValueError(f"segment_length is {segment_length}; give 1 or more, or None")
+    if implementation is None:
+        # A token alone (in decoding) has nothing to share a state with.
+        implementation = "tpu" if length > 1 and on_tpu(q) else "xla"
     if implementation not in _IMPLEMENTATIONS:
-        names = ", ".join(name for name in _IMPLEMENTATIONS if name)
+        names = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"unknown implementation {implementation!r}; choose from {names}")
     return _IMPLEMENTATIONS[implementation](q, gates, states, segment_length=segment_length)

@@ -1,0 +1,29 @@
+"""Which platform programs are traced for, and so which implementation of an op is the best."""
+
+import jax
+import jax.numpy as jnp
+
+
+def _device():
+    """Return a device of the mesh of `jax.set_mesh`, which need not be here, or else the default device.
+
+    Deciding while a program is traced, and not while it is compiled, lets every implementation save for the
+    gradient what it likes.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
+    return device if hasattr(device, "platform") else jax.devices(device)[0]
+
+
+def platform() -> str:
+    """Return "tpu", "gpu" or "cpu"."""
+    return _device().platform
+
+
+def chip() -> str:
+    """Return the kind of device, such as "TPU v5 lite"."""
+    return _device().device_kind
+
+
+def on_tpu(x: jax.Array) -> bool:
+    """Whether what is made of x may be a TPU's kernel; no TPU has float64."""
+    return platform() == "tpu" and x.dtype != jnp.float64

@@ -1,0 +1,165 @@
+"""How a linear memory is cut into the blocks that the TPU's kernels work on.
+
+Tokens lie along lanes, so that a coefficient of a token is a number a lane; a segment is padded to whole
+blocks with tokens that write nothing and forget nothing.
+
+Shapes: B batch, T tokens (of all segments, padded), S segments, N blocks of a segment, C block, P groups of
+heads, H heads of a group, K key dim, V value dim.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels._platform import chip
+
+# Tokens of a block forward, for chips that are quickest with other than 128, and backward.
+_FORWARD = {"TPU v6 lite": 256, "TPU7x": 256}
+_LENGTH, _LENGTH_BACKWARD = 128, 256
+# Heads that a step works on together: one computes where another waits.
+_HEADS = 16
+# Of VMEM, of which a kernel has 16 MiB on any chip: what is kept there, and of it the states that a segment's
+# blocks start from (backward).
+_BYTES, _STARTS_BYTES = 10 << 20, 4 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """The cut of a run into blocks."""
+
+    tokens: int
+    """Without padding."""
+    segments: int
+    segment: int
+    """Tokens of a segment, without padding."""
+    blocks: int
+    """Blocks of a segment."""
+    length: int
+    """Tokens of a block."""
+    heads: int
+    """Of all groups."""
+    group: int
+    """Heads of a group."""
+    independent: bool
+    """Every segment starts anew."""
+    documents: bool
+    """The memory may start anew at any token."""
+
+    @classmethod
+    def fit(
+        cls,
+        q: jax.Array,
+        value_dim: int,
+        *,
+        segment_length: int,
+        independent: bool,
+        documents: bool,
+        backward: bool,
+    ) -> "Cut":
+        """Return the cut of a run of queries [B, T, H, K]."""
+        _, tokens, heads, key_dim = q.shape
+        segment = min(segment_length, tokens)
+        length = _LENGTH_BACKWARD if backward else _FORWARD.get(chip(), _LENGTH)
+        if -segment % length >= _LENGTH:  # no padding that a smaller block does without
+            length = _LENGTH
+        blocks = -(-segment // length)
+        tokens_bytes = 2 * length * (key_dim + value_dim) * q.dtype.itemsize
+        state_bytes = key_dim * -(-value_dim // 128) * 128 * 4
+        if backward:
+            head_bytes = 5 * tokens_bytes + (5 + blocks) * state_bytes
+        else:
+            head_bytes = 2 * tokens_bytes + 3 * state_bytes
+        most = min(_HEADS, max(1, _BYTES // head_bytes))
+        return cls(
+            tokens=tokens,
+            segments=-(-tokens // segment),
+            segment=segment,
+            blocks=blocks,
+            length=length,
+            heads=heads,
+            group=next(size for size in range(most, 0, -1) if heads % size == 0),
+            independent=independent,
+            documents=documents,
+        )
+
+    @staticmethod
+    def most_tokens(key_dim: int, value_dim: int) -> int:
+        """Return how long a segment may be, for the states that its blocks start from to be in VMEM."""
+        # Its blocks may be as short as in the forward pass.
+        return _STARTS_BYTES // (key_dim * value_dim * 4) * _LENGTH
+
+    def pad(self, x: jax.Array) -> jax.Array:
+        """Pad [B, tokens, ...] to [B, T, ...] with zeros, every segment for itself."""
+        rest = ((0, 0),) * (x.ndim - 2)
+        x = jnp.pad(x, ((0, 0), (0, self.segments * self.segment - self.tokens), *rest))
+        x = x.reshape(x.shape[0], self.segments, self.segment, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, self.blocks * self.length - self.segment), *rest))
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    def unpad(self, x: jax.Array) -> jax.Array:
+        """Undo `pad`."""
+        batch, _, *rest = x.shape
+        x = x.reshape(batch, self.segments, self.blocks * self.length, *rest)[:, :, : self.segment]
+        return x.reshape(batch, -1, *rest)[:, : self.tokens]
+
+    def within_blocks(self, x: jax.Array, reverse: bool = False) -> jax.Array:
+        """Return the sums [B, T, ...] of x from the start of a token's block, or reversed from its end."""
+        blocks = x.reshape(x.shape[0], -1, self.length, *x.shape[2:])
+        return jax.lax.cumsum(blocks, axis=2, reverse=reverse).reshape(x.shape)
+
+    def grouped(self, x_BTH: jax.Array) -> jax.Array:
+        """Lay coefficients out as [B, P, H, T]."""
+        batch, tokens, _ = x_BTH.shape
+        return x_BTH.transpose(0, 2, 1).reshape(batch, -1, self.group, tokens)
+
+    def ungrouped(self, x_BPHT: jax.Array) -> jax.Array:
+        """Undo `grouped`."""
+        batch, _, _, tokens = x_BPHT.shape
+        return x_BPHT.reshape(batch, self.heads, tokens).transpose(0, 2, 1)
+
+    def segment_of(self, block):
+        """Return the segment of a block; a traced `//` would look the chip up, which may not be here."""
+        return jax.lax.div(block, jnp.int32(self.blocks))
+
+    def ends_segment(self, block):
+        """Return whether a block is the last of its segment."""
+        return jax.lax.rem(block, jnp.int32(self.blocks)) == self.blocks - 1
+
+    def starts_anew(self, block):
+        """Return whether the memory is empty before a block."""
+        if self.independent:
+            return jax.lax.rem(block, jnp.int32(self.blocks)) == 0
+        return block == 0
+
+
+class Specs:
+    """Blocks in VMEM at a step of the grid (batch, groups of heads, steps); `block` tells a step's block."""
+
+    def __init__(self, cut: Cut, block=lambda step: step):
+        self._cut, self._block = cut, block
+
+    def lanes(self, dim: int) -> pl.BlockSpec:
+        """Of [B, P H, dim, T]: [H, dim, C]."""
+        block = (None, self._cut.group, dim, self._cut.length)
+        return pl.BlockSpec(block, lambda b, p, n: (b, p, 0, self._block(n)))
+
+    def coefficients(self) -> pl.BlockSpec:
+        """Of [B, P, H, T]: [H, C]."""
+        block = (None, None, self._cut.group, self._cut.length)
+        return pl.BlockSpec(block, lambda b, p, n: (b, p, 0, self._block(n)))
+
+    def marks(self) -> pl.BlockSpec:
+        """Of [B, 1, T], the same for all heads: [1, C]."""
+        return pl.BlockSpec((None, 1, self._cut.length), lambda b, p, n: (b, 0, self._block(n)))
+
+    def states(self, key_dim: int, value_dim: int, before: int = 0) -> pl.BlockSpec:
+        """Of [B, S, P H, K, V]: that of the segment, or of the one `before`, [H, K, V]."""
+        block = (None, None, self._cut.group, key_dim, value_dim)
+
+        def index(b, p, n):
+            segment = self._cut.segment_of(self._block(n))
+            return b, jnp.maximum(segment - before, 0), p, 0, 0
+
+        return pl.BlockSpec(block, index)
