@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 
 def _device():
@@ -22,6 +23,11 @@ def platform() -> str:
 def chip() -> str:
     """Return the kind of device, such as "TPU v5 lite"."""
     return _device().device_kind
+
+
+def vmem_bytes() -> int | None:
+    """Return how large a TPU's VMEM is; None elsewhere, where kernels are interpreted."""
+    return pltpu.get_tpu_info().vmem_capacity_bytes if platform() == "tpu" else None
 
 
 def on_tpu(x: jax.Array) -> bool:

@@ -75,8 +75,9 @@ def deep_memory(
       hidden_bias: [B, T, H, E], hidden units of other weights mixed in (MC eq. 14-15); None is 0.
       hidden_gate: [B, T, H], the share of this memory in that mixture; None is 1.
       implementation: "tpu", "xla" or "reference"; None picks the best for the platform of the mesh that is
-        set (`jax.set_mesh`), or else of the default device. "tpu" is float32 and bfloat16, and not split
-        over devices by itself: it belongs in a `jax.shard_map` over batch and heads.
+        set (`jax.set_mesh`), or else of the default device. "tpu" is float32 and bfloat16, without
+        hidden_bias and hidden_gate, for states that fit into VMEM, and not split over devices by itself:
+        it belongs in a `jax.shard_map` over batch and heads.
 
     Returns:
       The branch gelu(q_t W_in,t) W_out,t without the skip q_t, [B, T, H, V] in q's dtype; the weights after
@@ -91,8 +92,7 @@ def deep_memory(
     check_objective(objective, momentum, previous_step)
     if segment_init not in _SEGMENT_INITS:
         raise ValueError(f"segment_init is {segment_init!r}; choose one of {', '.join(_SEGMENT_INITS)}")
-    implementation = implementation or ("tpu" if on_tpu(q) else "xla")
-    if implementation not in _IMPLEMENTATIONS:
+    if implementation not in (None, *_IMPLEMENTATIONS):
         names = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"implementation is {implementation!r}; choose one of {names}, or None for the best")
     if segment_length < 1 or chunk_length < 1 or segment_length % chunk_length:
@@ -119,6 +119,18 @@ def deep_memory(
             "hidden_gate": (hidden_gate, ("T", "H")),
         },
     )
+    has_kernel = (
+        hidden_bias is None
+        and hidden_gate is None
+        and tpu.has_kernel(q, initial_state[0].shape[-1], momentum=objective == "l2")
+    )
+    if implementation is None:
+        implementation = "tpu" if on_tpu(q) and has_kernel else "xla"
+    if implementation == "tpu" and not has_kernel:
+        raise ValueError(
+            "there is no kernel for TPUs with hidden_bias, hidden_gate, or states too large for the chip's "
+            f"VMEM, here of {initial_state[0].shape}; leave implementation out, or choose 'xla'"
+        )
     branch, states, final, hidden = _IMPLEMENTATIONS[implementation](
         q,
         k,

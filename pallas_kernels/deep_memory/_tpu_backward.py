@@ -66,7 +66,9 @@ def run_bar(
         out_shape=jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (tokens, coefficients, initial)
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=cut.vmem_limit
+        ),
         name="deep_memory_backward",
     )(
         restarts.reshape(-1),

@@ -70,7 +70,9 @@ def run(
             (leaf, leaf) if cut.anchored else None,
             cut.tree(kept) if keep else None,
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=cut.vmem_limit
+        ),
         name="deep_memory",
     )(restarts.reshape(-1), ends.reshape(-1), *tokens, coefficients, initial)
 

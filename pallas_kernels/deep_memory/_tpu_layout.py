@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._chunks import Grid
+from pallas_kernels._platform import vmem_bytes
 from pallas_kernels.deep_memory._chunk import Tokens
 
 _LANES = 128
@@ -25,6 +26,11 @@ _SUBLANES = 16
 _STARTS_BYTES = 2 << 20
 _STATE_BYTES = 2 << 20
 _MOST_CHUNKS = 8
+# What a kernel has without being asked; how many states of one head the backward kernel takes at most, by
+# their rows and the bytes of a token's number; how many more the compiler may use where there is room.
+_VMEM_BYTES = 16 << 20
+_STATES_IN_VMEM = {(1, 2): 18, (1, 4): 24, (2, 2): 16, (2, 4): 24}
+_MORE_STATES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,8 @@ class Cut:
     """Padding included."""
     rows: int
     """2 if there is a momentum, else 1."""
+    itemsize: int
+    """Bytes of a token's number."""
     documents: bool
     """The memory may start anew at any chunk, not just at a segment's first."""
     anchored: bool
@@ -68,6 +76,7 @@ class Cut:
             key_dim=key_dim,
             hidden=hidden,
             rows=rows,
+            itemsize=q.dtype.itemsize,
             documents=documents,
             anchored=anchored,
         )
@@ -85,8 +94,22 @@ class Cut:
     @property
     def heads_together(self) -> int:
         """Heads that one step of the forward kernel works on: one waits where the other computes."""
-        state = 2 * self.rows * self.key_dim * self.hidden * 4
-        return _largest_divisor(self.heads, _STATE_BYTES // state)
+        return _largest_divisor(self.heads, _STATE_BYTES // self._state_bytes)
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Bytes of VMEM that the backward kernel needs, which needs more than the forward one."""
+        return max(_VMEM_BYTES, _STATES_IN_VMEM[self.rows, self.itemsize] * self._state_bytes)
+
+    @property
+    def vmem_limit(self) -> int:
+        """Bytes of VMEM that the compiler is given."""
+        most = self.vmem_bytes + _MORE_STATES * self._state_bytes
+        return min(most, vmem_bytes() or most)
+
+    @property
+    def _state_bytes(self) -> int:
+        return 2 * self.rows * self.key_dim * self.hidden * 4
 
     def tree(self, leaf):
         """Return a state all of whose leaves are `leaf`: (weights, momentum) of either layer."""

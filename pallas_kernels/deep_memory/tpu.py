@@ -1,8 +1,7 @@
 """The MLP memory as Pallas kernels for TPUs: `_tpu_forward` and `_tpu_backward`.
 
 Products of writes have operands in q's dtype too, where the other forms compute them in float32. What is kept
-for the gradient is the state that every block of chunks starts from, in q's dtype. With hidden_bias or
-hidden_gate the op is the one for XLA.
+for the gradient is the state that every block of chunks starts from, in q's dtype.
 
 Off a TPU the kernels run in interpret mode alone, under `pltpu.force_tpu_interpret_mode()`. They are not
 split over devices by themselves: run them in a `jax.shard_map` over batch and heads.
@@ -14,10 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._chunks import Grid
+from pallas_kernels._platform import vmem_bytes
 from pallas_kernels._state import OnlineState, batch_weights, select_rows, state_dtype
-from pallas_kernels.deep_memory import _tpu_backward, _tpu_forward, xla
+from pallas_kernels.deep_memory import _tpu_backward, _tpu_forward
 from pallas_kernels.deep_memory._layout import lay_out
 from pallas_kernels.deep_memory._tpu_layout import Cut
+
+
+def has_kernel(q: jax.Array, hidden: int, *, momentum: bool) -> bool:
+    """Whether states of keys as of queries [B, T, H, K] and so many hidden units fit into the chip's VMEM."""
+    available = vmem_bytes()
+    cut = Cut.fit(Grid.fit(1, 1, 1), q, hidden, momentum=momentum, documents=False, anchored=False)
+    return available is None or cut.vmem_bytes <= available
 
 
 def deep_memory(
@@ -39,24 +46,8 @@ def deep_memory(
     hidden_gate: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], OnlineState, jax.Array | None]:
     """See `pallas_kernels.deep_memory`, which checks the arguments."""
-    if hidden_bias is not None or hidden_gate is not None:
-        return xla.deep_memory(
-            q,
-            k,
-            v,
-            objective=objective,
-            retention=retention,
-            momentum=momentum,
-            step=step,
-            segment_length=segment_length,
-            segment_init=segment_init,
-            initial_state=initial_state,
-            chunk_length=chunk_length,
-            document_ids=document_ids,
-            lengths=lengths,
-            hidden_bias=hidden_bias,
-            hidden_gate=hidden_gate,
-        )
+    assert hidden_bias is None
+    assert hidden_gate is None
     batch, count, _, dim = q.shape
     hidden = initial_state[0].shape[-1]
     independent = segment_init == "independent"

@@ -78,8 +78,9 @@ def _outputs_and_gradients(implementation, arguments, options):
 
 def _assert_close(arguments, tolerance=FLOAT32, dtype=jnp.float32, **options):
     options = {"rule": "swla" if "previous_step" in arguments else "linear", "chunk_length": 1, **options}
-    expected = _outputs_and_gradients("reference", arguments, options)
     tokens = {name: arguments[name].astype(dtype) for name in "qkv"}
+    wide = {name: x.astype(jnp.float32) for name, x in tokens.items()}
+    expected = _outputs_and_gradients("reference", arguments | wide, options)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
         got = _outputs_and_gradients("tpu", arguments | tokens, options)
         jax.block_until_ready(got)
