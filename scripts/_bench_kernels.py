@@ -37,8 +37,8 @@ def bundles(chip: str) -> dict[str, float]:
         cost = cost_of(chip, case.both("tpu"), case.bars, *case.shapes)
         for kernel in cost.kernels:
             key = f"{name}: {kernel.name}"
-            found[key] = found.get(key, 0.0) + round(kernel.calls * kernel.bundles / case.token_heads, 3)
-    return found
+            found[key] = found.get(key, 0.0) + kernel.calls * kernel.bundles / case.token_heads
+    return {key: round(value, 3) for key, value in found.items()}
 
 
 def record() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import gated_state_read
+from pallas_kernels import chunk_memory, deep_memory, gated_state_read
 
 _HEADS, _DIM, _SEGMENT = 16, 128, 256
 _MLP_HEADS, _HIDDEN = 8, 512
@@ -87,4 +87,65 @@ def mlp_state_read(tokens: int, *, batch: int = 4) -> Case:
     )
 
 
-CASES = {"gated_state_read": state_read, "gated_state_read, MLP": mlp_state_read}
+def matrix_memory(rule: str, tokens: int, *, batch: int = 4) -> Case:
+    """Writes to a matrix and online reads; its products leave out those of pairs of tokens, which vary."""
+    array = _array(batch, tokens, _HEADS, _DIM)
+    names = ("retention", "step") + (("previous_step",) if rule == "swla" else ())
+
+    def op(q, k, v, *coefficients, implementation):
+        return chunk_memory(
+            q,
+            k,
+            v,
+            rule=rule,
+            **dict(zip(names, coefficients, strict=True)),
+            segment_length=_SEGMENT,
+            implementation=implementation,
+        )
+
+    return Case(
+        op=op,
+        shapes=(array, array, array, *[_array(*array.shape[:3], dtype=jnp.float32)] * len(names)),
+        token_heads=batch * tokens * _HEADS,
+        products=4 * batch * tokens * _HEADS * _DIM * _DIM,
+    )
+
+
+def mlp_memory(objective: str, tokens: int, *, batch: int = 4) -> Case:
+    """Writes to an MLP and online reads; its products leave out those of pairs of tokens, which vary."""
+    array = _array(batch, tokens, _MLP_HEADS, _DIM)
+    names = ("retention", "step") + (("momentum",) if objective == "l2" else ())
+    initial = (
+        _array(_MLP_HEADS, _DIM, _HIDDEN, dtype=jnp.float32),
+        _array(_MLP_HEADS, _HIDDEN, _DIM, dtype=jnp.float32),
+    )
+
+    def op(q, k, v, initial_state, *coefficients, implementation):
+        return deep_memory(
+            q,
+            k,
+            v,
+            objective=objective,
+            **dict(zip(names, coefficients, strict=True)),
+            segment_length=_SEGMENT,
+            initial_state=initial_state,
+            implementation=implementation,
+        )
+
+    return Case(
+        op=op,
+        shapes=(array, array, array, initial, *[_array(*array.shape[:3], dtype=jnp.float32)] * len(names)),
+        token_heads=batch * tokens * _MLP_HEADS,
+        # Written: the error, its way back and both layers' changes; read: both layers.
+        products=14 * batch * tokens * _MLP_HEADS * _DIM * _HIDDEN,
+    )
+
+
+CASES = {
+    "chunk_memory, linear": functools.partial(matrix_memory, "linear"),
+    "chunk_memory, swla": functools.partial(matrix_memory, "swla"),
+    "deep_memory, dla": functools.partial(mlp_memory, "dot"),
+    "deep_memory, titans": functools.partial(mlp_memory, "l2"),
+    "gated_state_read": state_read,
+    "gated_state_read, MLP": mlp_state_read,
+}

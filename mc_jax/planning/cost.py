@@ -144,10 +144,13 @@ def cost_of(
 
 def _schedule(operation: str) -> Loop:
     assert _schedules is not None
-    files = [
-        path
-        for path in _schedules.glob(f"*-{operation}-*-final_bundles.txt")
-        if "schedule-analysis" not in path.name
-    ]
-    assert files, f"libtpu wrote no schedule of {operation}"
-    return read_schedule(max(files).read_text(errors="replace"))
+    # Of calls of one kernel on equal shapes libtpu may compile one and write its schedule alone.
+    for pattern in (operation, f"{operation.partition('.')[0]}.*", operation.partition(".")[0]):
+        files = [
+            path
+            for path in _schedules.glob(f"*-{pattern}-*-final_bundles.txt")
+            if "schedule-analysis" not in path.name
+        ]
+        if files:
+            return read_schedule(max(files).read_text(errors="replace"))
+    raise AssertionError(f"libtpu wrote no schedule of {operation}")
