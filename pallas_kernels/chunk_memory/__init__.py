@@ -101,7 +101,9 @@ def chunk_memory(
             raise ValueError(f"{name} means nothing to rule {rule!r}; leave it out, or choose rule {owner!r}")
     _check_shapes(q, k, v, (retention, momentum, step, previous_step), initial_state, document_ids, lengths)
     if implementation is None:
-        kernel = on_tpu(q) and tpu.has_kernel(q, v, rule=rule, segment_length=segment_length)
+        kernel = on_tpu(q) and tpu.has_kernel(
+            q, v, rule=rule, segment_length=segment_length, chunk_length=chunk_length
+        )
         implementation = "tpu" if kernel else "xla"
     return _IMPLEMENTATIONS[implementation](
         q,

@@ -20,6 +20,8 @@ _FORWARD = {"TPU v6 lite": 256, "TPU7x": 256}
 _LENGTH, _LENGTH_BACKWARD = 128, 256
 # Heads that a step works on together: one computes where another waits.
 _HEADS = 16
+# The same for rules that write errors, whose steps are longer.
+_HEADS_FORWARD, _HEADS_BACKWARD = 8, 4
 # Of VMEM, of which a kernel has 16 MiB on any chip: what is kept there, and of it the states that a segment's
 # blocks start from (backward).
 _BYTES, _STARTS_BYTES = 10 << 20, 4 << 20
@@ -65,8 +67,7 @@ class Cut:
         if -segment % length >= _LENGTH:  # no padding that a smaller block does without
             length = _LENGTH
         blocks = -(-segment // length)
-        tokens_bytes = 2 * length * (key_dim + value_dim) * q.dtype.itemsize
-        state_bytes = key_dim * -(-value_dim // 128) * 128 * 4
+        tokens_bytes, state_bytes = _bytes(q, value_dim, length)
         if backward:
             head_bytes = 5 * tokens_bytes + (5 + blocks) * state_bytes
         else:
@@ -79,23 +80,59 @@ class Cut:
             blocks=blocks,
             length=length,
             heads=heads,
-            group=next(size for size in range(most, 0, -1) if heads % size == 0),
+            group=_largest_divisor(heads, most),
+            independent=independent,
+            documents=documents,
+        )
+
+    @classmethod
+    def of_errors(
+        cls,
+        q: jax.Array,
+        value_dim: int,
+        *,
+        segment_length: int,
+        independent: bool,
+        documents: bool,
+        carried: int,
+        backward: bool,
+    ) -> "Cut":
+        """Return the cut of a run that writes errors, to a memory that is one of `carried` matrices a head."""
+        _, tokens, heads, _ = q.shape
+        segment = min(segment_length, tokens)
+        blocks = -(-segment // _LENGTH)
+        tokens_bytes, state_bytes = _bytes(q, value_dim, _LENGTH)
+        if backward:
+            head_bytes = 4 * tokens_bytes + (4 + (6 + blocks) * carried) * state_bytes
+        else:
+            head_bytes = 2 * tokens_bytes + (2 + 3 * carried) * state_bytes
+        most = min(_HEADS_BACKWARD if backward else _HEADS_FORWARD, max(1, _BYTES // head_bytes))
+        return cls(
+            tokens=tokens,
+            segments=-(-tokens // segment),
+            segment=segment,
+            blocks=blocks,
+            length=_LENGTH,
+            heads=heads,
+            group=_largest_divisor(heads, most),
             independent=independent,
             documents=documents,
         )
 
     @staticmethod
-    def most_tokens(key_dim: int, value_dim: int) -> int:
+    def most_tokens(key_dim: int, value_dim: int, carried: int = 1) -> int:
         """Return how long a segment may be, for the states that its blocks start from to be in VMEM."""
         # Its blocks may be as short as in the forward pass.
-        return _STARTS_BYTES // (key_dim * value_dim * 4) * _LENGTH
+        return _STARTS_BYTES // (carried * key_dim * value_dim * 4) * _LENGTH
 
-    def pad(self, x: jax.Array) -> jax.Array:
-        """Pad [B, tokens, ...] to [B, T, ...] with zeros, every segment for itself."""
+    def pad(self, x: jax.Array, fill: float = 0.0) -> jax.Array:
+        """Pad [B, tokens, ...] to [B, T, ...], every segment for itself."""
         rest = ((0, 0),) * (x.ndim - 2)
-        x = jnp.pad(x, ((0, 0), (0, self.segments * self.segment - self.tokens), *rest))
+        more = self.segments * self.segment - self.tokens
+        x = jnp.pad(x, ((0, 0), (0, more), *rest), constant_values=fill)
         x = x.reshape(x.shape[0], self.segments, self.segment, *x.shape[2:])
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, self.blocks * self.length - self.segment), *rest))
+        more = self.blocks * self.length - self.segment
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, more), *rest), constant_values=fill)
         return x.reshape(x.shape[0], -1, *x.shape[3:])
 
     def unpad(self, x: jax.Array) -> jax.Array:
@@ -150,9 +187,13 @@ class Specs:
         block = (None, None, self._cut.group, self._cut.length)
         return pl.BlockSpec(block, lambda b, p, n: (b, p, 0, self._block(n)))
 
-    def marks(self) -> pl.BlockSpec:
-        """Of [B, 1, T], the same for all heads: [1, C]."""
-        return pl.BlockSpec((None, 1, self._cut.length), lambda b, p, n: (b, 0, self._block(n)))
+    def marks(self, rows: int = 1) -> pl.BlockSpec:
+        """Of [B, rows, T], the same for all heads: [rows, C]."""
+        return pl.BlockSpec((None, rows, self._cut.length), lambda b, p, n: (b, 0, self._block(n)))
+
+    def initial(self, key_dim: int, value_dim: int) -> pl.BlockSpec:
+        """Of [B, P H, K, V]: [H, K, V]."""
+        return pl.BlockSpec((None, self._cut.group, key_dim, value_dim), lambda b, p, n: (b, p, 0, 0))
 
     def states(self, key_dim: int, value_dim: int, before: int = 0) -> pl.BlockSpec:
         """Of [B, S, P H, K, V]: that of the segment, or of the one `before`, [H, K, V]."""
@@ -163,3 +204,14 @@ class Specs:
             return b, jnp.maximum(segment - before, 0), p, 0, 0
 
         return pl.BlockSpec(block, index)
+
+
+def _bytes(q, value_dim, length):
+    """Return the bytes of keys and values of a block of a head, twice, and of a state."""
+    key_dim = q.shape[3]
+    tokens = 2 * length * (key_dim + value_dim) * q.dtype.itemsize
+    return tokens, key_dim * -(-value_dim // 128) * 128 * 4
+
+
+def _largest_divisor(count, most):
+    return next(size for size in range(most, 0, -1) if count % size == 0)

@@ -53,7 +53,7 @@ def chunk_memory(
     dtype = state_dtype(q)
     independent = segment_init == "independent"
     grid = Grid.fit(count, segment_length, chunk_length)
-    tokens = _lay_out(
+    tokens = lay_out(
         grid,
         q,
         k,
@@ -88,7 +88,7 @@ def chunk_memory(
     return reads, states, _final_state(final, k, v, lengths, grid, chunk_length, independent)
 
 
-def _lay_out(
+def lay_out(
     grid: Grid,
     q: jax.Array,
     k: jax.Array,

@@ -10,7 +10,7 @@ from tpu_topology import CHIPS, compile_for
 from pallas_kernels import chunk_memory
 from pallas_kernels.chunk_memory import _tpu_layout
 
-RULES = ("linear", "swla")
+RULES = ("linear", "swla", "delta", "titans")
 # RMS ratios: what rounding to bfloat16 of tokens, scores and writes costs.
 BFLOAT16 = {
     "the reads": 5e-3,
@@ -23,6 +23,7 @@ BFLOAT16 = {
     "retention": 2e-2,
     "step": 2e-2,
     "previous_step": 2e-2,
+    "momentum": 2e-2,
 }
 FLOAT32 = dict.fromkeys(BFLOAT16, 1e-5)
 
@@ -47,6 +48,9 @@ def _arguments(rule, length, key_dim, value_dim, *, batch=1, heads=1, initial=Tr
         arguments["initial_state"] = normal(batch, heads, key_dim, value_dim)
     if rule == "swla":
         arguments["previous_step"] = jax.nn.sigmoid(normal(batch, length, heads))
+    if rule == "titans":
+        arguments["momentum"] = jax.nn.sigmoid(normal(batch, length, heads))
+        arguments["step"] = arguments["step"] / 16
     return arguments
 
 
@@ -77,7 +81,7 @@ def _outputs_and_gradients(implementation, arguments, options):
 
 
 def _assert_close(arguments, tolerance=FLOAT32, dtype=jnp.float32, **options):
-    options = {"rule": "swla" if "previous_step" in arguments else "linear", "chunk_length": 1, **options}
+    options = {"chunk_length": 1, **options}
     tokens = {name: arguments[name].astype(dtype) for name in "qkv"}
     wide = {name: x.astype(jnp.float32) for name, x in tokens.items()}
     expected = _outputs_and_gradients("reference", arguments | wide, options)
@@ -104,7 +108,7 @@ def _assert_close(arguments, tolerance=FLOAT32, dtype=jnp.float32, **options):
 )
 def test_it_is_what_the_reference_is(rule, length, key_dim, value_dim, segment_length, segment_init):
     arguments = _arguments(rule, length, key_dim, value_dim)
-    _assert_close(arguments, segment_length=segment_length, segment_init=segment_init)
+    _assert_close(arguments, rule=rule, segment_length=segment_length, segment_init=segment_init)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -116,6 +120,7 @@ def test_rows_end_and_documents_begin_where_they_do(rule, segment_init, monkeypa
     documents = jnp.asarray([[0] * 600, [0] * 5 + [1] * 595, [0] * 128 + [1] * 2 + [2] * 398 + [3] * 72])
     _assert_close(
         arguments,
+        rule=rule,
         segment_length=300,
         segment_init=segment_init,
         document_ids=documents,
@@ -126,19 +131,19 @@ def test_rows_end_and_documents_begin_where_they_do(rule, segment_init, monkeypa
 @pytest.mark.parametrize("rule", RULES)
 def test_bfloat16_is_accurate_to_rounding(rule):
     arguments = _arguments(rule, 600, 64, 64, initial=False)
-    _assert_close(arguments, BFLOAT16, jnp.bfloat16, segment_length=256)
+    _assert_close(arguments, BFLOAT16, jnp.bfloat16, rule=rule, segment_length=256)
 
 
 def test_coefficients_may_be_nothing_or_everything():
     arguments = _arguments("linear", 200, 32, 32)
     tolerance = dict.fromkeys(FLOAT32, 1e-4)
     whole = arguments | {"retention": jnp.ones_like(arguments["retention"])}
-    _assert_close(whole, tolerance, segment_length=128)
+    _assert_close(whole, tolerance, rule="linear", segment_length=128)
     # The gradient goes through the logarithm, and so is 0 where that would be minus infinity.
     nothing = arguments | {"retention": jnp.zeros_like(arguments["retention"])}
-    _assert_close(nothing, tolerance | {"retention": 1.0}, segment_length=128)
+    _assert_close(nothing, tolerance | {"retention": 1.0}, rule="linear", segment_length=128)
     del arguments["retention"], arguments["step"], arguments["initial_state"]
-    _assert_close(arguments, segment_length=128)
+    _assert_close(arguments, rule="linear", segment_length=128)
 
 
 def test_what_has_no_kernel_is_refused_with_the_cure():
