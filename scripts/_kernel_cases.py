@@ -90,7 +90,10 @@ def mlp_state_read(tokens: int, *, batch: int = 4) -> Case:
 def matrix_memory(rule: str, tokens: int, *, batch: int = 4) -> Case:
     """Writes to a matrix and online reads; its products leave out those of pairs of tokens, which vary."""
     array = _array(batch, tokens, _HEADS, _DIM)
-    names = ("retention", "step") + (("previous_step",) if rule == "swla" else ())
+    more = {"swla": ("previous_step",), "titans": ("momentum",)}
+    names = ("retention", "step", *more.get(rule, ()))
+    # Written and read; where errors are written, k M too, and titans has a momentum in each.
+    matrices = {"delta": 3, "titans": 6}.get(rule, 2)
 
     def op(q, k, v, *coefficients, implementation):
         return chunk_memory(
@@ -107,7 +110,7 @@ def matrix_memory(rule: str, tokens: int, *, batch: int = 4) -> Case:
         op=op,
         shapes=(array, array, array, *[_array(*array.shape[:3], dtype=jnp.float32)] * len(names)),
         token_heads=batch * tokens * _HEADS,
-        products=4 * batch * tokens * _HEADS * _DIM * _DIM,
+        products=2 * matrices * batch * tokens * _HEADS * _DIM * _DIM,
     )
 
 
@@ -142,8 +145,10 @@ def mlp_memory(objective: str, tokens: int, *, batch: int = 4) -> Case:
 
 
 CASES = {
+    "chunk_memory, delta": functools.partial(matrix_memory, "delta"),
     "chunk_memory, linear": functools.partial(matrix_memory, "linear"),
     "chunk_memory, swla": functools.partial(matrix_memory, "swla"),
+    "chunk_memory, titans": functools.partial(matrix_memory, "titans"),
     "deep_memory, dla": functools.partial(mlp_memory, "dot"),
     "deep_memory, titans": functools.partial(mlp_memory, "l2"),
     "gated_state_read": state_read,
