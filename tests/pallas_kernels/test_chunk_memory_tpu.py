@@ -134,6 +134,50 @@ def test_bfloat16_is_accurate_to_rounding(rule):
     _assert_close(arguments, BFLOAT16, jnp.bfloat16, rule=rule, segment_length=256)
 
 
+@pytest.mark.parametrize(
+    ("length", "chunk_length", "segment_length"), [(300, 64, 256), (290, 24, 144), (100, 128, 256), (300, 100, 200)]
+)
+@pytest.mark.parametrize("segment_init", ["checkpoint", "independent"])
+def test_titans_takes_errors_at_the_starts_of_chunks(length, chunk_length, segment_length, segment_init):
+    _assert_close(
+        _arguments("titans", length, 32, 64, batch=2),
+        rule="titans",
+        chunk_length=chunk_length,
+        segment_length=segment_length,
+        segment_init=segment_init,
+        document_ids=jnp.stack([jnp.arange(length) // chunk_length // 2, jnp.zeros(length, jnp.int32)]),
+        lengths=jnp.asarray([length, length - 7]),
+    )
+
+
+def test_a_chunk_of_bfloat16_is_accurate_to_rounding():
+    arguments = _arguments("titans", 600, 128, 128, initial=False)
+    _assert_close(arguments, BFLOAT16, jnp.bfloat16, rule="titans", chunk_length=64, segment_length=256)
+
+
+@pytest.mark.parametrize("rule", ["delta", "titans"])
+def test_errors_are_exact_where_coefficients_are_nothing_or_missing(rule):
+    arguments = _arguments(rule, 200, 32, 32)
+    arguments["retention"] = arguments["retention"].at[:, ::3].set(0.0)
+    if rule == "titans":
+        arguments["momentum"] = arguments["momentum"].at[:, ::5].set(0.0)
+    _assert_close(arguments, rule=rule, segment_length=128)
+    for name in ("retention", "momentum", "initial_state"):
+        arguments.pop(name, None)
+    if rule == "delta":
+        del arguments["step"]
+    _assert_close(arguments, rule=rule, chunk_length=64, segment_length=128)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_delta_is_solved_also_where_keys_are_nearly_parallel(noise):
+    arguments = _arguments("delta", 256, 32, 32)
+    arguments["k"] = arguments["k"][:, :1] + noise * arguments["k"]
+    arguments["k"] /= jnp.linalg.norm(arguments["k"], axis=-1, keepdims=True)
+    arguments["step"] = jnp.ones_like(arguments["step"])
+    _assert_close(arguments, dict.fromkeys(FLOAT32, 3e-5), rule="delta", segment_length=256)
+
+
 def test_coefficients_may_be_nothing_or_everything():
     arguments = _arguments("linear", 200, 32, 32)
     tolerance = dict.fromkeys(FLOAT32, 1e-4)
@@ -160,7 +204,8 @@ def _described(dim, *, dtype=jnp.bfloat16, length=4096, heads=16):
 def _gradients(implementation, rule="linear", segment_init="checkpoint"):
     def run(q, k, v, retention):
         def memory(q, k, v, retention):
-            more = {"previous_step": 1 - retention} if rule == "swla" else {}
+            name = {"swla": "previous_step", "titans": "momentum"}.get(rule)
+            more = {name: 1 - retention} if name else {}
             reads, states, final = chunk_memory(
                 q,
                 k,
@@ -185,16 +230,18 @@ def _kernels(compiled):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("rule", ["linear", "delta", "titans"])
 @pytest.mark.parametrize(("heads", "dim"), [(16, 96), (16, 128), (8, 256)])
-def test_forward_and_backward_compile(chip, heads, dim):
-    assert _kernels(compile_for(chip, _gradients("tpu"), *_described(dim, heads=heads))) == 2
+def test_forward_and_backward_compile(chip, rule, heads, dim):
+    assert _kernels(compile_for(chip, _gradients("tpu", rule), *_described(dim, heads=heads))) == 2
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("dim", [64, 256])
-def test_other_sizes_and_odd_lengths_compile_where_memory_is_least(dim, dtype):
+@pytest.mark.parametrize(("rule", "kernels"), [("swla", 4), ("delta", 2), ("titans", 2)])
+def test_other_sizes_and_odd_lengths_compile_where_memory_is_least(rule, kernels, dim, dtype):
     described = _described(dim, dtype=dtype, length=777)
-    assert _kernels(compile_for("v4", _gradients("tpu", "swla", "independent"), *described)) == 4
+    assert _kernels(compile_for("v4", _gradients("tpu", rule, "independent"), *described)) == kernels
 
 
 def test_the_default_is_the_kernel_on_a_tpu_and_not_elsewhere():
