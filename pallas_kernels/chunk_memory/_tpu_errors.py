@@ -1,239 +1,192 @@
-"""The rules that write errors, delta and titans, on a TPU: one block of tokens, and the run of blocks forward.
+"""Delta and titans by the TPU's kernels: tokens laid out in chunks, and the final state.
 
-A token writes k_t^T u_t, u_t = h_t (v_t - k_t M'_t), where M'_t is the memory whose error it is: with delta
-a_t M_{t-1}, with titans the one at the start of its chunk, so that a block may have many. With G_jt what is
-left in M_t of the write of token j, G'_jt the same in M'_t, and b, f and b', f' of the block's start (M, S),
-  (I + L^T) U = h (V - b' K M - f' K S), L_jt = h_t <k_j, k_t> G'_jt, 0 but for earlier tokens,
-  O = (G o K Q^T)^T U + b Q M + f Q S,
-  M_C = b_C M + f_C S + (G_C K)^T U, S_C = e_C S + (E_C K)^T U (Titans eq. 13-14; Gated DeltaNet).
-Where documents restart from an initial memory, that is carried too, and enters as M and S do.
+A chunk of titans is padded to a power of two with tokens that write nothing: a block holds whole chunks.
 
-Shapes: as in `_tpu_layout`; C tokens of a block.
+B batch, T tokens, S segments, H heads, K key dim, V value dim.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.chunk_memory._tpu_layout import Cut, Specs
-from pallas_kernels.chunk_memory._tpu_products import (
-    MATMUL,
-    MATMUL_TRANSPOSED,
-    TRANSPOSED_MATMUL,
-    dot,
-    solve,
-)
-from pallas_kernels.chunk_memory._tpu_shares import (
-    Coefficients,
-    Marks,
-    Shares,
-    block_shares,
-    chunk_start,
-    kept_between,
-    moved_between,
-    next_columns,
-)
-
-SEMANTICS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-
-type State = tuple[jax.Array, ...]
-"""The memory and, with titans, the momentum: [K, V] float32."""
+from pallas_kernels._chunks import Grid, heads_first
+from pallas_kernels._state import OnlineState, batch_weights, select_rows, state_dtype
+from pallas_kernels.chunk_memory import _tpu_errors_backward, _tpu_errors_forward
+from pallas_kernels.chunk_memory._titans import titans_segment
+from pallas_kernels.chunk_memory._tpu_errors_block import Rule
+from pallas_kernels.chunk_memory._tpu_layout import Cut, coefficient, valid_and_starts
+from pallas_kernels.chunk_memory._tpu_shares import Coefficients
+from pallas_kernels.chunk_memory.xla import lay_out
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rule:
-    """How tokens write."""
-
-    momentum: bool
-    """Titans; else delta."""
-    chunk: int
-    """Tokens of a chunk, at whose start titans takes its errors: a power of two, 128 at most; delta: 1."""
-    dtype: jnp.dtype
-    """Of the operands of products."""
-
-    @property
-    def carried(self) -> int:
-        """Matrices of a state."""
-        return 2 if self.momentum else 1
-
-
-def between(rule: Rule, numbers: Coefficients, columns: tuple[jax.Array, ...], marks: Marks | None):
-    """Return G, and G' where that is not all 0: [C, C]; of the coefficients of one head."""
-    if marks is None:
-        shares = kept_between(numbers.retention, *columns, rule.dtype)
-        row, column = (jax.lax.broadcasted_iota(jnp.int32, shares.shape, axis) for axis in (0, 1))
-        return shares, jnp.where(row < column, shares, 0.0)
-    shares = moved_between(numbers.retention, numbers.momentum, *columns, marks.live, rule.dtype)
-    length = shares.shape[0]
-    if rule.chunk == length:
-        return shares, None
-    select = chunk_start(length, rule.chunk)
-    return shares, dot(shares, select, MATMUL, rule.dtype) * (1.0 - marks.fresh)
-
-
-def write(
-    rule: Rule,
-    carried: tuple[jax.Array, ...],
+def write_errors(
+    q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    step: jax.Array,
-    shares: Shares,
-    before,
-) -> jax.Array:
-    """Return U transposed, [V, C].
+    *,
+    rule: str,
+    retention: jax.Array | None,
+    momentum: jax.Array | None,
+    step: jax.Array | None,
+    segment_length: int,
+    independent: bool,
+    initial_state: jax.Array | None,
+    chunk_length: int,
+    document_ids: jax.Array | None,
+    lengths: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, OnlineState]:
+    """Delta and titans."""
+    batch, tokens, heads, key_dim = q.shape
+    dtype, titans = state_dtype(q), rule == "titans"
+    chunk = min(chunk_length, tokens) if titans else 1
+    padded = power_of_two(chunk)
+    documents = document_ids is not None
+    valid, starts = valid_and_starts(q, document_ids, lengths)
+    if titans:
+        starts = starts & (jnp.arange(tokens) % chunk == 0)[None]
 
-    Args:
-      rule: the rule.
-      carried: of one head: the state, and the initial memory where documents restart from it.
-      k: [K, C] float32.
-      v: [V, C] float32.
-      step: [1, C].
-      shares: of one head.
-      before: G', or None.
-    """
-    error = step * (v - _seen(carried, k, shares.error, rule.dtype))
-    if before is None:
-        return error
-    system = step * before * dot(k, k, TRANSPOSED_MATMUL, rule.dtype)
-    return solve(error, system, rule.chunk, rule.dtype)
+    def in_chunks(x: jax.Array, fill: float) -> jax.Array:
+        if padded == chunk:
+            return x
+        rest = ((0, 0),) * (x.ndim - 2)
+        x = jnp.pad(x, ((0, 0), (0, -tokens % chunk), *rest), constant_values=fill)
+        x = x.reshape(batch, -1, chunk, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padded - chunk), *rest), constant_values=fill)
+        return x.reshape(batch, -1, *x.shape[3:])
 
+    def laid(x: jax.Array | None, neutral: float) -> jax.Array:
+        return in_chunks(coefficient(q, x, neutral, valid), neutral)
 
-def read(
-    rule: Rule, carried, q: jax.Array, k: jax.Array, written: jax.Array, shares: Shares, after
-) -> jax.Array:
-    """Return the reads [V, C] of queries [K, C], of what a block starts with and of what it writes."""
-    scores = after * dot(k, q, TRANSPOSED_MATMUL, rule.dtype)
-    return dot(written, scores, MATMUL, rule.dtype) + _seen(carried, q, shares.read, rule.dtype)
-
-
-def advance(rule: Rule, carried, k: jax.Array, written: jax.Array, shares: Shares) -> State:
-    """Return the state after a block."""
-    keys = jnp.concatenate([k * share for share in shares.write], axis=0)
-    change = dot(keys, written, MATMUL_TRANSPOSED, rule.dtype)
-    memory = change[: k.shape[0]]
-    for matrix, kept in zip(carried, shares.kept, strict=False):
-        memory += kept * matrix
-    if not rule.momentum:
-        return (memory,)
-    return memory, change[k.shape[0] :] + shares.kept[-1] * carried[1]
-
-
-def _seen(carried, x, shares, dtype):
-    """Return what tokens [K, C] see of what is carried, [V, C]."""
-    scaled = jnp.concatenate([x * share for share in shares], axis=0)
-    return dot(jnp.concatenate(carried, axis=0), scaled, TRANSPOSED_MATMUL, dtype)
-
-
-def block(rule: Rule, carried, q, k, v, numbers: Coefficients, columns, marks, shares: Shares):
-    """Return the state after a block of one head, and its reads [V, C]."""
-    after, before = between(rule, numbers, columns, marks)
-    written = write(rule, carried, k, v, numbers.step, shares, before)
-    return advance(rule, carried, k, written, shares), read(rule, carried, q, k, written, shares, after)
-
-
-class Numbers:
-    """A step's coefficients, of all heads of a group."""
-
-    def __init__(self, rule: Rule, coefficients: Coefficients, marks_2C):
-        self.all = jax.tree.map(lambda ref: ref[...], coefficients)
-        self.marks = None if marks_2C is None else Marks(marks_2C[0:1], marks_2C[1:2])
-        self._rule = rule
-        factors = (self.all.retention, self.all.momentum) if rule.momentum else (self.all.retention,)
-        self._columns = tuple(map(next_columns, factors))
-
-    def shares(self, numbers: Coefficients) -> Shares:
-        """Return `block_shares` of coefficients of all heads."""
-        return block_shares(numbers, self.marks, self._rule.chunk)
-
-    def columns(self, head: int) -> tuple[jax.Array, ...]:
-        """Return a head's factors as `between` asks for them."""
-        return tuple(column[:, head : head + 1] for column in self._columns)
-
-
-def of_head(tree, head: int):
-    """Return the rows of a head."""
-    return jax.tree.map(lambda x: x[head : head + 1], tree)
-
-
-def wide(ref, head: int) -> jax.Array:
-    """Return a head's tokens in float32, so that their gradients are added up in it."""
-    return ref[head].astype(jnp.float32)
-
-
-def run(cut: Cut, rule: Rule, tokens, coefficients: Coefficients, marks, initial):
-    """Return the reads and the states at segments' ends.
-
-    Args:
-      cut: the cut.
-      rule: the rule.
-      tokens: queries, keys and values, [B, P H, dim, T].
-      coefficients: [B, P, H, T] float32.
-      marks: live and fresh [B, 2, T] float32, or None for delta.
-      initial: [B, P H, K, V] float32.
-
-    Returns:
-      [B, P H, V, T] in the dtype of the tokens, and of what a state is of [B, S, P H, K, V] float32.
-    """
-    q, _, v = tokens
-    batch, heads, key_dim, length = q.shape
-    value_dim = v.shape[2]
-    specs = Specs(cut)
-    state = jax.ShapeDtypeStruct((batch, cut.segments, heads, key_dim, value_dim), jnp.float32)
-    return pl.pallas_call(
-        functools.partial(_kernel, cut, rule),
-        grid=(batch, heads // cut.group, cut.segments * cut.blocks),
-        in_specs=[
-            (specs.lanes(key_dim), specs.lanes(key_dim), specs.lanes(value_dim)),
-            jax.tree.map(lambda _: specs.coefficients(), coefficients),
-            None if marks is None else specs.marks(2),
-            specs.initial(key_dim, value_dim),
-        ],
-        out_specs=(specs.lanes(value_dim), (specs.states(key_dim, value_dim),) * rule.carried),
-        out_shape=(jax.ShapeDtypeStruct((batch, heads, value_dim, length), q.dtype), (state,) * rule.carried),
-        scratch_shapes=[(pltpu.VMEM((cut.group, key_dim, value_dim), jnp.float32),) * rule.carried],
-        compiler_params=SEMANTICS,
-        name="titans_memory" if rule.momentum else "delta_memory",
-    )(tokens, coefficients, marks, initial)
-
-
-def _kernel(cut: Cut, rule: Rule, tokens, coefficients, marks, initial, out, states, state):
-    index = pl.program_id(2)
-
-    @pl.when(cut.starts_anew(index))
-    def _():
-        start_anew(state, initial)
-
-    numbers = Numbers(rule, coefficients, marks)
-    shares = numbers.shares(numbers.all)
-    for head in range(cut.group):
-        q, k, v = (wide(ref, head) for ref in tokens)
-        one = of_head(numbers.all, head)
-        carried = carried_by(state, initial, one, head)
-        after, reads = block(
-            rule, carried, q, k, v, one, numbers.columns(head), numbers.marks, of_head(shares, head)
+    laid_out = [in_chunks(x, 0.0) for x in (q, k, v)]
+    starts = in_chunks(starts, False)
+    cut, back = (
+        Cut.of_errors(
+            laid_out[0],
+            v.shape[3],
+            segment_length=segment_length // chunk_length * padded if titans else segment_length,
+            independent=independent,
+            documents=documents,
+            carried=2 if titans else 1,
+            backward=backward,
         )
-        out[head] = reads.astype(out.dtype)
-        for ref, matrix in zip(state, after, strict=True):
-            ref[head] = matrix
+        for backward in (False, True)
+    )
+    kept = laid(retention, 1.0)
+    restart = jnp.where(starts[..., None], kept, 0.0) if documents and initial_state is not None else None
+    pushed = None
+    if titans:
+        pushed = laid(jnp.zeros_like(kept, shape=q.shape[:3]) if momentum is None else momentum, 1.0)
+        pushed = jnp.where(starts[..., None], 0.0, pushed)
+    marks = None
+    if titans:
+        live = in_chunks(valid, False).astype(dtype)
+        fresh = jnp.repeat(starts[:, ::padded], padded, axis=1)[:, : starts.shape[1]].astype(dtype)
+        marks = jnp.stack([live, fresh], axis=-1)
+    if initial_state is None:
+        initial_state = jnp.zeros((heads, key_dim, v.shape[3]), dtype)
+    initial = batch_weights(initial_state, batch, dtype)
+    numbers = Coefficients(laid(step, 0.0), jnp.where(starts[..., None], 0.0, kept), pushed, restart)
+    reads, states = _run(
+        (cut, back), Rule(momentum=titans, chunk=padded, dtype=q.dtype), laid_out, numbers, marks, initial
+    )
+    if padded != chunk:
+        reads = reads.reshape(batch, -1, padded, *reads.shape[2:])[:, :, :chunk]
+        reads = reads.reshape(batch, -1, *reads.shape[3:])[:, :tokens]
 
-    @pl.when(cut.ends_segment(index))
-    def _():
-        for ref, matrix in zip(states, state, strict=True):
-            ref[...] = matrix[...]
+    ends = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
+    last_segment = jnp.maximum(ends - 1, 0) // min(segment_length, tokens)
+    weights, *surprise = (x[:, -1] for x in states)
+    if independent and lengths is not None:
+        weights, *surprise = (at_row(x, last_segment) for x in states)
+    anchor = weights if titans else None
+    if titans and (lengths is not None or tokens % chunk):
+        grid = Grid.fit(tokens, segment_length, chunk_length)
+        coefficients = (retention, momentum, step, None)
+        tail = lay_out(
+            grid,
+            q,
+            k,
+            v,
+            rule=rule,
+            coefficients=coefficients,
+            document_ids=document_ids,
+            lengths=lengths,
+            restarts_from_zero=False,
+        )
+        anchor = select_rows(
+            ends % chunk_length == 0,
+            weights,
+            _anchor(grid, tail, states, initial, last_segment, independent),
+        )
+    return reads, states[0], OnlineState(weights, surprise[0] if titans else None, anchor)
 
 
-def start_anew(state, initial) -> None:
-    """Make a state the initial memory, without momentum."""
-    state[0][...] = initial[...]
-    for ref in state[1:]:
-        ref[...] = jnp.zeros_like(ref)
+def _anchor(
+    grid: Grid, tokens, states, initial: jax.Array, segment: jax.Array, independent: bool
+) -> jax.Array:
+    """Return the memory at the start of each row's last chunk, by writing its last segment once more."""
+    first = (segment == 0) | independent
+    weights, momentum = (at_row(x, jnp.maximum(segment - 1, 0)) for x in states)
+    before = OnlineState(weights, momentum, weights)
+    before = select_rows(first, OnlineState(initial, jnp.zeros_like(initial), initial), before)
+
+    def of_segment(x):
+        x = x.reshape(x.shape[0], grid.segments, grid.chunks, grid.chunk, *x.shape[2:])
+        return heads_first(at_row(x, segment))
+
+    state, _ = titans_segment(before, jax.tree.map(of_segment, tokens), initial)
+    assert isinstance(state.anchor, jax.Array)
+    return state.anchor
 
 
-def carried_by(state, initial, numbers: Coefficients, head: int) -> tuple[jax.Array, ...]:
-    """Return what a block of a head carries: its state, and the initial memory if documents restart from it."""
-    more = () if numbers.restart is None else (initial[head],)
-    return *(ref[head] for ref in state), *more
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(cuts, rule, tokens, numbers, marks, initial):
+    """Return the reads [B, tokens, H, V] and of what a state is [B, S, H, K, V], laying tokens out."""
+    return _forward(cuts, rule, tokens, numbers, marks, initial)[0]
+
+
+def _laid_out(cut: Cut, tokens, numbers: Coefficients, marks: jax.Array | None):
+    lanes = tuple(cut.pad(x).transpose(0, 2, 3, 1) for x in tokens)
+
+    def lay(x: jax.Array, fill: float) -> jax.Array:
+        return cut.grouped(cut.pad(x, fill))
+
+    numbers = Coefficients(
+        step=lay(numbers.step, 0.0),
+        retention=lay(numbers.retention, 1.0),
+        momentum=None if numbers.momentum is None else lay(numbers.momentum, 1.0),
+        restart=None if numbers.restart is None else lay(numbers.restart, 0.0),
+    )
+    return lanes, numbers, None if marks is None else cut.pad(marks).swapaxes(1, 2)
+
+
+def _forward(cuts, rule, tokens, numbers, marks, initial):
+    cut, _ = cuts
+    out, states = _tpu_errors_forward.run(cut, rule, *_laid_out(cut, tokens, numbers, marks), initial)
+    return (cut.unpad(out.transpose(0, 3, 1, 2)), states), (tokens, numbers, marks, initial, states)
+
+
+def _backward(cuts, rule, residuals, bars):
+    _, cut = cuts
+    tokens, numbers, marks, initial, states = residuals
+    out_bar = cut.pad(bars[0]).transpose(0, 2, 3, 1)
+    tokens_bar, numbers_bar, initial_bar = _tpu_errors_backward.run_bar(
+        cut, rule, *_laid_out(cut, tokens, numbers, marks), initial, states, out_bar, bars[1]
+    )
+    tokens_bar = [cut.unpad(x.transpose(0, 3, 1, 2)) for x in tokens_bar]
+    numbers_bar = jax.tree.map(lambda x: cut.unpad(cut.ungrouped(x)), numbers_bar)
+    return tokens_bar, numbers_bar, None, initial_bar
+
+
+_run.defvjp(_forward, _backward)
+
+
+def power_of_two(count: int) -> int:
+    """Return the least power of two that is not less."""
+    return 1 << (count - 1).bit_length()
+
+
+def at_row(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Return of x [B, S, ...] what is at a row's index [B]."""
+    return jnp.take_along_axis(x, index.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)[:, 0]

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.chunk_memory._tpu_errors import (
-    SEMANTICS,
+from pallas_kernels.chunk_memory._tpu_errors_block import (
     Numbers,
     Rule,
     advance,
@@ -26,7 +25,7 @@ from pallas_kernels.chunk_memory._tpu_errors import (
     wide,
     write,
 )
-from pallas_kernels.chunk_memory._tpu_layout import Cut, Specs
+from pallas_kernels.chunk_memory._tpu_layout import SEMANTICS, Cut, Specs
 from pallas_kernels.chunk_memory._tpu_shares import Coefficients
 
 
@@ -35,7 +34,7 @@ def run_bar(
 ):
     """Return the gradients of tokens, coefficients and the initial memory.
 
-    The arguments are those of `_tpu_errors.run`, what it returned, and the gradients of that.
+    The arguments are those of `_tpu_errors_forward.run`, what it returned, and the gradients of that.
     """
     key_dim, value_dim = tokens[0].shape[2], tokens[2].shape[2]
     batch, heads = tokens[0].shape[:2]

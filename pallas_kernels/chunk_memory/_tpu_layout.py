@@ -12,8 +12,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._platform import chip
+from pallas_kernels._state import state_dtype
 
 # Tokens of a block forward, for chips that are quickest with other than 128, and backward.
 _FORWARD = {"TPU v6 lite": 256, "TPU7x": 256}
@@ -23,8 +25,11 @@ _HEADS = 16
 # The same for rules that write errors, whose steps are longer.
 _HEADS_FORWARD, _HEADS_BACKWARD = 8, 4
 # Of VMEM, of which a kernel has 16 MiB on any chip: what is kept there, and of it the states that a segment's
-# blocks start from (backward).
-_BYTES, _STARTS_BYTES = 10 << 20, 4 << 20
+# blocks start from (backward), by the matrices of a state.
+_BYTES = 10 << 20
+_STARTS_BYTES = {1: 4 << 20, 2: 3 << 20}
+
+SEMANTICS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,7 @@ class Cut:
         backward: bool,
     ) -> "Cut":
         """Return the cut of a run of queries [B, T, H, K]."""
-        _, tokens, heads, key_dim = q.shape
+        _, tokens, heads, _ = q.shape
         segment = min(segment_length, tokens)
         length = _LENGTH_BACKWARD if backward else _FORWARD.get(chip(), _LENGTH)
         if -segment % length >= _LENGTH:  # no padding that a smaller block does without
@@ -97,7 +102,7 @@ class Cut:
         carried: int,
         backward: bool,
     ) -> "Cut":
-        """Return the cut of a run that writes errors, to a memory that is one of `carried` matrices a head."""
+        """Return the cut of a run that writes errors, with so many matrices in a state."""
         _, tokens, heads, _ = q.shape
         segment = min(segment_length, tokens)
         blocks = -(-segment // _LENGTH)
@@ -123,7 +128,7 @@ class Cut:
     def most_tokens(key_dim: int, value_dim: int, carried: int = 1) -> int:
         """Return how long a segment may be, for the states that its blocks start from to be in VMEM."""
         # Its blocks may be as short as in the forward pass.
-        return _STARTS_BYTES // (carried * key_dim * value_dim * 4) * _LENGTH
+        return _STARTS_BYTES[carried] // (carried * key_dim * value_dim * 4) * _LENGTH
 
     def pad(self, x: jax.Array, fill: float = 0.0) -> jax.Array:
         """Pad [B, tokens, ...] to [B, T, ...], every segment for itself."""
@@ -204,6 +209,27 @@ class Specs:
             return b, jnp.maximum(segment - before, 0), p, 0, 0
 
         return pl.BlockSpec(block, index)
+
+
+def valid_and_starts(
+    q: jax.Array, document_ids: jax.Array | None, lengths: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return which tokens are written, and which of them begin a document, [B, T] bool."""
+    batch, tokens = q.shape[:2]
+    valid = jnp.ones((batch, tokens), bool)
+    if lengths is not None:
+        valid = jnp.arange(tokens, dtype=jnp.int32)[None] < lengths[:, None]
+    starts = jnp.zeros((batch, tokens), bool)
+    if document_ids is not None:
+        starts = jnp.pad(document_ids[:, 1:] != document_ids[:, :-1], ((0, 0), (1, 0))) & valid
+    return valid, starts
+
+
+def coefficient(q: jax.Array, x: jax.Array | None, neutral: float, where: jax.Array) -> jax.Array:
+    """Return a coefficient [B, T, H], 1 if it is None, and neutral where a mask [B, T] is not."""
+    dtype = state_dtype(q)
+    x = jnp.full(q.shape[:3], 1.0, dtype) if x is None else x.astype(dtype)
+    return jnp.where(where[..., None], x, jnp.asarray(neutral, dtype))
 
 
 def _bytes(q, value_dim, length):

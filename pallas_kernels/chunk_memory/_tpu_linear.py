@@ -19,9 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._state import state_dtype
-from pallas_kernels.chunk_memory._tpu_layout import Cut, Specs
-
-_SEMANTICS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+from pallas_kernels.chunk_memory._tpu_layout import SEMANTICS, Cut, Specs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -71,7 +69,7 @@ def _forward(cuts, *arguments):
             jax.ShapeDtypeStruct((batch, cut.segments, heads, key_dim, value_dim), state_dtype(q)),
         ],
         scratch_shapes=[pltpu.VMEM((cut.group, value_dim, key_dim), state_dtype(q))],
-        compiler_params=_SEMANTICS,
+        compiler_params=SEMANTICS,
         name="linear_memory",
     )(
         _lanes(q),
@@ -194,7 +192,7 @@ def _backward(cuts, residuals, bars):
             pltpu.VMEM((cut.blocks, cut.group, key_dim, value_dim), dtype),
             pltpu.VMEM((cut.group, key_dim, value_dim), dtype),
         ],
-        compiler_params=_SEMANTICS,
+        compiler_params=SEMANTICS,
         name="linear_memory_backward",
     )(
         _lanes(q),

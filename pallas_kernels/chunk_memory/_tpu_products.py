@@ -76,7 +76,7 @@ solve.defvjp(_solve_forward, _solve_backward)
 def _inverse_change(system, first, dtype):
     """Return (I + system)^-1 - I, out of inverses of diagonal blocks of doubling size; None if it is 0.
 
-    That is as accurate as substitution also where keys are nearly parallel; powers of the system overflow there.
+    That is as accurate as substitution also where keys are nearly parallel: powers of the system overflow.
     """
     count = system.shape[0]
     row, column = (jax.lax.broadcasted_iota(jnp.int32, system.shape, axis) for axis in (0, 1))

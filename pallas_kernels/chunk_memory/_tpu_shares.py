@@ -58,26 +58,29 @@ class _Run(NamedTuple):
     """What a run of tokens does: memory <- kept memory + moved momentum + entered, momentum <- pushed it."""
 
     kept: jax.Array
-    pushed: jax.Array | None
-    moved: jax.Array | None
+    momentum: tuple[jax.Array, jax.Array] | None
+    """Moved and pushed: titans."""
     entered: jax.Array | None
+    """None if the initial memory never enters."""
 
     def then(self, later: "_Run") -> "_Run":
         """Return what this run and a later one do together."""
-        pushed = moved = entered = None
-        if self.pushed is not None:
-            pushed = later.pushed * self.pushed
-            moved = later.kept * self.moved + later.moved * self.pushed
-        if self.entered is not None:
-            entered = later.kept * self.entered + later.entered
-        return _Run(later.kept * self.kept, pushed, moved, entered)
+        momentum, entered = self.momentum, self.entered
+        if momentum is not None and later.momentum is not None:
+            (moved, pushed), (later_moved, later_pushed) = momentum, later.momentum
+            momentum = (later.kept * moved + later_moved * pushed, later_pushed * pushed)
+        if entered is not None and later.entered is not None:
+            entered = later.kept * entered + later.entered
+        return _Run(later.kept * self.kept, momentum, entered)
 
     def shifted(self, count: int) -> "_Run":
         """Move runs to later lanes, filling up with runs of no token."""
-        nothing = (1.0, 1.0, 0.0, 0.0)
-        return _Run(
-            *(None if x is None else shift(x, count, fill) for x, fill in zip(self, nothing, strict=True))
-        )
+        momentum, entered = self.momentum, self.entered
+        if momentum is not None:
+            momentum = (shift(momentum[0], count, 0.0), shift(momentum[1], count, 1.0))
+        if entered is not None:
+            entered = shift(entered, count, 0.0)
+        return _Run(shift(self.kept, count, 1.0), momentum, entered)
 
 
 def block_shares(numbers: Coefficients, marks: Marks | None, chunk: int) -> Shares:
@@ -88,44 +91,42 @@ def block_shares(numbers: Coefficients, marks: Marks | None, chunk: int) -> Shar
       marks: of titans, or None.
       chunk: tokens of a chunk, at whose start titans takes its errors.
     """
-    token = _Run(
-        numbers.retention,
-        numbers.momentum,
-        None if marks is None else marks.live * numbers.momentum,
-        numbers.restart,
-    )
+    momentum = numbers.momentum
+    if marks is not None and momentum is not None:
+        momentum = (marks.live * momentum, momentum)
+    since = _Run(numbers.retention, momentum, numbers.restart)
+    until = since._replace(entered=None)
     length = numbers.retention.shape[1]
-    since, until = token, token._replace(entered=None)
     size = 1
     while size < length:
         since = since.shifted(size).then(since)
         until = until.then(until.shifted(-size))
         size *= 2
     until = until.shifted(-1)
-    read = _present(since.kept, since.moved, since.entered)
-    if marks is None:
-        return Shares(read, read, (until.kept,), tuple(_last(x) for x in read))
+    entered = () if since.entered is None else (since.entered,)
+    if marks is None or since.momentum is None or until.momentum is None:
+        read = (since.kept, *entered)
+        return Shares(read, read, (until.kept,), tuple(map(_last, read)))
+    moved, pushed = since.momentum
+    read = (since.kept, moved, *entered)
     select = chunk_start(length, chunk)
     first = jax.lax.broadcasted_iota(jnp.int32, marks.fresh.shape, 1) < chunk
-    goes_on = 1.0 - marks.fresh
 
     def at_start(x, before, restarted):
-        x = dot(x, select, MATMUL, jnp.float32)
-        return goes_on * jnp.where(first, before, x) + restarted * marks.fresh
+        """Before a block's first chunk, and where a document starts, are no lanes to look at."""
+        x = jnp.where(first, before, dot(x, select, MATMUL, jnp.dtype(jnp.float32)))
+        return (1.0 - marks.fresh) * x + restarted * marks.fresh
 
-    error = tuple(at_start(x, *at) for x, at in zip(read, ((1.0, 0.0), (0.0, 0.0), (0.0, 1.0)), strict=False))
-    write = (marks.live * until.kept + until.moved, until.pushed)
-    return Shares(read, error, write, (*(_last(x) for x in read), _last(since.pushed)))
+    at = ((1.0, 0.0), (0.0, 0.0), (0.0, 1.0))
+    error = tuple(at_start(x, *else_) for x, else_ in zip(read, at, strict=False))
+    write = (marks.live * until.kept + until.momentum[0], until.momentum[1])
+    return Shares(read, error, write, tuple(map(_last, (*read, pushed))))
 
 
 def chunk_start(length: int, chunk: int) -> jax.Array:
-    """Return what picks for a token the lane before its chunk, or 0: [C, C] of 0 and 1; chunk a power of 2."""
+    """Return what picks for a token the lane before its chunk, if any: [C, C] of 0 and 1."""
     row, column = _indices(length)
     return jnp.where(row == (column & -chunk) - 1, 1.0, 0.0)
-
-
-def _present(*rows):
-    return tuple(row for row in rows if row is not None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

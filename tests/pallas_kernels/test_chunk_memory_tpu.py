@@ -135,7 +135,8 @@ def test_bfloat16_is_accurate_to_rounding(rule):
 
 
 @pytest.mark.parametrize(
-    ("length", "chunk_length", "segment_length"), [(300, 64, 256), (290, 24, 144), (100, 128, 256), (300, 100, 200)]
+    ("length", "chunk_length", "segment_length"),
+    [(300, 64, 256), (290, 24, 144), (100, 128, 256), (300, 100, 200)],
 )
 @pytest.mark.parametrize("segment_init", ["checkpoint", "independent"])
 def test_titans_takes_errors_at_the_starts_of_chunks(length, chunk_length, segment_length, segment_init):
@@ -191,9 +192,9 @@ def test_coefficients_may_be_nothing_or_everything():
 
 
 def test_what_has_no_kernel_is_refused_with_the_cure():
-    arguments = _arguments("linear", 32, 16, 16)
+    arguments = _arguments("titans", 256, 16, 16)
     with pytest.raises(ValueError, match="leave implementation out, or choose 'xla'"):
-        chunk_memory(**arguments, rule="delta", segment_length=32, chunk_length=32, implementation="tpu")
+        chunk_memory(**arguments, rule="titans", segment_length=256, chunk_length=256, implementation="tpu")
 
 
 def _described(dim, *, dtype=jnp.bfloat16, length=4096, heads=16):
