@@ -69,9 +69,9 @@ def chunk_memory(
         anew from the initial state. For titans documents must start at multiples of chunk_length.
       lengths: [B] integers, tokens of each row that are written; reads after them are finite but mean
         nothing. None: all.
-      implementation: "tpu" (titans in chunks of 128 tokens at most), "xla" or "reference"; None picks the best
-        for the platform of the mesh that is set (`jax.set_mesh`), or else of the default device. "tpu" is
-        float32 and bfloat16, for linear and swla takes a retention below 2^-64 for that and gives it no
+      implementation: "tpu" (titans in chunks of 128 tokens at most), "xla" or "reference"; None picks the
+        best for the platform of the mesh that is set (`jax.set_mesh`), or else of the default device. "tpu"
+        is float32 and bfloat16, for linear and swla takes a retention below 2^-64 for that and gives it no
         gradient (which goes through the logarithm), and is not split over devices by itself: it belongs in a
         `jax.shard_map` over batch and heads.
 

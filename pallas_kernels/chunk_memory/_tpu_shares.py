@@ -91,9 +91,9 @@ def block_shares(numbers: Coefficients, marks: Marks | None, chunk: int) -> Shar
       marks: of titans, or None.
       chunk: tokens of a chunk, at whose start titans takes its errors.
     """
-    momentum = numbers.momentum
-    if marks is not None and momentum is not None:
-        momentum = (marks.live * momentum, momentum)
+    momentum = None
+    if marks is not None and numbers.momentum is not None:
+        momentum = (marks.live * numbers.momentum, numbers.momentum)
     since = _Run(numbers.retention, momentum, numbers.restart)
     until = since._replace(entered=None)
     length = numbers.retention.shape[1]
