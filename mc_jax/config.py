@@ -117,6 +117,18 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The devices of training: their number is replica x fsdp x tensor, and no result depends on it."""
+
+    replica: int = -1
+    """Copies of weights and optimizer state, which split a batch; -1: one a slice, or what fsdp leaves."""
+    fsdp: int = -1
+    """Devices that split a batch, and weights and optimizer state among them; -1: all that are left."""
+    tensor: int = 1
+    """Devices that split the heads and MLPs of a row's model; must divide num_heads and mlp_dim."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """The held-out result and the sample at a run's end."""
 
@@ -137,6 +149,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
@@ -151,14 +164,17 @@ def validate(config: Config) -> Config:
         ("model", model),
         ("data", data),
         ("training", training),
+        ("mesh", config.mesh),
         ("evaluation", evaluation),
     ):
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
             _must_fit(f"{part}.{field.name}", value, field.type)
             smallest = 0 if field.name in _MAY_BE_ZERO else 1
-            if type(value) is int and value < smallest:
-                raise ConfigError(f"{part}.{field.name} is {value}; set it to {smallest} or more")
+            fills = part == "mesh" and field.default == -1
+            if type(value) is int and value < smallest and not (fills and value == -1):
+                other = ", or to -1" if fills else ""
+                raise ConfigError(f"{part}.{field.name} is {value}; set it to {smallest} or more{other}")
     _check_model(model)
     if training.top_k_anneal_steps and model.aggregation != "sparse":
         raise ConfigError(

@@ -9,7 +9,7 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 # Tests compile hundreds of small programs and run each a few times: half the time of compiling is saved.
 jax.config.update("jax_disable_most_optimizations", True)
 

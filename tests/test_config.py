@@ -46,6 +46,9 @@ FIELDS = (
     "training.seed",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "mesh.replica",
+    "mesh.fsdp",
+    "mesh.tensor",
     "evaluation.stride",
     "evaluation.batch_size",
     "evaluation.sample_prompt",
@@ -135,6 +138,8 @@ def test_the_default_config_is_valid():
         ({"training__weight_decay": -0.1}, "training.weight_decay is -0.1; set it to 0 or more"),
         ({"training__beta2": 1.0}, "training.beta2 is 1.0; set it in [0, 1)"),
         ({"training__seed": -1}, "training.seed is -1; set it to 0 or more"),
+        ({"mesh__fsdp": 0}, "mesh.fsdp is 0; set it to 1 or more, or to -1"),
+        ({"mesh__tensor": -1}, "mesh.tensor is -1; set it to 1 or more"),
         (
             {"training__steps": 10},
             "training.warmup_steps 100 is more than training.steps 10; "

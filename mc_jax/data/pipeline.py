@@ -4,7 +4,7 @@ Shapes: B rows of a batch, T tokens, R rows of an epoch.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -24,6 +24,7 @@ def training_batches(
     seed: int,
     start_step: int = 0,
     align: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches; the one of a step depends on the seed and the step, not on where the run started.
 
@@ -37,19 +38,36 @@ def training_batches(
       seed: of the order, 0 or more.
       start_step: steps that are done already; the first batch is that of the step after them.
       align: documents start at multiples of it in a row (`rows.Rows`).
+      rows: which rows of a batch are read, where other processes read the others; None: all.
 
     Yields:
-      inputs, targets, document_ids: int32 [B, T]; loss_mask: float32 [B, T], 0 on padding.
+      inputs, targets, document_ids: int32 [B, T], or as many as `rows`; loss_mask: float32, so too, 0 on
+      padding.
 
     Raises:
       ValueError: `align` does not divide `context_length`.
     """
-    rows = Rows(store, context_length=context_length, align=align)
-    batches = grain.MapDataset.source(_ShuffledEpochs(rows, seed)).batch(batch_size)
+    rows = range(batch_size) if rows is None else rows
+    examples = _ShuffledEpochs(Rows(store, context_length=context_length, align=align), seed)
+    batches = grain.MapDataset.source(_PartsOfBatches(examples, batch_size, rows)).batch(len(rows))
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
     iterator = iter(batches.to_iter_dataset(options))
     grain.experimental.set_next_index(iterator, start_step)
     return iterator
+
+
+class _PartsOfBatches:
+    """Of each batch of a sequence of examples, those in some places of it."""
+
+    def __init__(self, examples: "_ShuffledEpochs", batch_size: int, places: Sequence[int]):
+        self._examples, self._batch_size, self._places = examples, batch_size, places
+
+    def __len__(self) -> int:
+        return len(self._examples) // self._batch_size * len(self._places)
+
+    def __getitem__(self, index: int) -> Example:
+        batch, place = divmod(index, len(self._places))
+        return self._examples[batch * self._batch_size + int(self._places[place])]
 
 
 class _ShuffledEpochs:

@@ -16,6 +16,7 @@ from mc_jax.config import LayerKind, ModelConfig
 from mc_jax.nn.block import Block
 from mc_jax.nn.mixer import Dtype
 from mc_jax.nn.norm import RMSNorm
+from mc_jax.parallel import constrain
 
 
 class LanguageModel(nnx.Module):
@@ -49,8 +50,12 @@ class LanguageModel(nnx.Module):
           document_ids: [B, T] or None; packed documents do not see each other.
           top_k: a traced scalar in place of the config's, while that is annealed; None: the config's.
         """
-        x, _ = self._scan(lambda block, x, _: (block(x, document_ids, top_k)[0], None), self._embed(tokens))
-        return self._logits(x)
+
+        def apply(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return constrain(block(x, document_ids, top_k)[0], "batch"), None
+
+        x, _ = self._scan(apply, constrain(self._embed(tokens), "batch"))
+        return constrain(self._logits(x), "batch")
 
     def read_gates(self, tokens: jax.Array) -> Gates | None:
         """What each token reads in the layers with a memory: gates [layers, B, T, H(, N)].

@@ -17,6 +17,7 @@ from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Selection
 from mc_jax.memories import Coefficients, memory_for
 from mc_jax.nn.convolution import ShortConvolution
 from mc_jax.nn.norm import RMSNorm
+from mc_jax.parallel import memory
 from pallas_kernels._state import Weights
 
 type Dtype = Any
@@ -153,8 +154,14 @@ class MemoryCaching(nnx.Module):
     ) -> tuple[jax.Array, Gates | Selection | None]:
         """As a call, with the weights of the memories that each token read."""
         qkv = self.convolution(self._qkv(x), document_ids)
-        output = self._forward(x, qkv, document_ids=document_ids, top_k=top_k)
-        return self._out(x, output.y), output.gates
+        y, gates = memory.forward(
+            *self._write(x, qkv),
+            self.settings,
+            document_ids=document_ids,
+            initial_state=self._initial_state(),
+            top_k=top_k,
+        )
+        return self._out(x, y), gates
 
     def prefill(
         self, x: jax.Array, lengths: jax.Array, max_length: int, storage: caching.Storage
@@ -164,7 +171,12 @@ class MemoryCaching(nnx.Module):
         Without a `max_cached` in the storage there will be a place for every segment.
         """
         inputs = self._qkv(x)
-        output = self._forward(x, self.convolution(inputs), lengths=lengths)
+        output = caching.forward(
+            *self._write(x, self.convolution(inputs)),
+            self.settings,
+            initial_state=self._initial_state(),
+            lengths=lengths,
+        )
         cache = output.cache
         if storage.max_cached is None and AGGREGATIONS[self.settings.aggregation].gates is not None:
             capacity = max(max_length // self.settings.segment_length, cache.capacity, 1)
@@ -183,11 +195,6 @@ class MemoryCaching(nnx.Module):
 
     def _qkv(self, x: jax.Array) -> jax.Array:
         return jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
-
-    def _forward(self, x: jax.Array, qkv: jax.Array, **rows: jax.Array | None) -> caching.Output:
-        return caching.forward(
-            *self._write(x, qkv), self.settings, initial_state=self._initial_state(), **rows
-        )
 
     def _write(self, x: jax.Array, qkv: jax.Array) -> _Written:
         q, k, v = (self._heads(part) for part in jnp.split(nnx.silu(qkv), self._parts, axis=-1))

@@ -10,6 +10,7 @@ from etils import epath
 from mc_jax.config import Config, document_alignment, validate
 from mc_jax.data.dataset import open_data
 from mc_jax.data.pipeline import training_batches
+from mc_jax.parallel import local_rows, make_mesh, must_fit, on_mesh
 from mc_jax.training import run
 from mc_jax.training.checkpoint import Checkpoints
 from mc_jax.training.metrics import MetricsLog, read_metrics
@@ -30,10 +31,12 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
       overwrite: start anew, whatever run the folder holds.
 
     Raises:
-      ValueError: contradictory settings, data that is not there, or a folder that holds something else.
-        Nothing is written in these cases.
+      ValueError: contradictory settings, a mesh that does not fit, data that is not there, or a folder that
+        holds something else. Nothing is written in these cases.
     """
     validate(config)
+    mesh = make_mesh(config.mesh)
+    must_fit(mesh, config)
     run_dir = epath.Path(run_dir)
     settings = config.training
     run.must_be_free(run_dir, config, overwrite=overwrite)
@@ -42,19 +45,24 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
         run_dir.rmtree()
     run.write_settings(run_dir, config, dataset)
 
-    optimizer = make_optimizer(settings)
-    graph, state = run.new_state(config, dataset.tokenizer.vocab_size)
-    step_fn = make_step(graph, optimizer, settings.accumulation)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
     tokens_per_step = settings.batch_size * config.data.context_length
     # Loss is per token; bits per byte needs the corpus's mean length of a token.
     bytes_per_token = dataset.train.num_bytes / dataset.train.num_pairs
 
-    with Checkpoints(run_dir, every=settings.checkpoint_every, keep=settings.keep_checkpoints) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(run_dir, every=settings.checkpoint_every, keep=settings.keep_checkpoints) as checkpoints,
+    ):
+        graph, like = run.abstract_state(config, dataset.tokenizer.vocab_size)
+        step_fn = make_step(graph, make_optimizer(settings), settings.accumulation)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(like.parameters))
         start = checkpoints.latest() or 0
         if start:
-            state = checkpoints.load(start, state)
+            state = checkpoints.load(start, like)
+        else:
+            _, state = run.new_state(config, dataset.tokenizer.vocab_size)
         title = f"{run_dir.name}: {parameters / 1e6:.2f} M parameters, {len(dataset.train)} documents"
+        title += f", {mesh.size} devices" if mesh.size > 1 else ""
         title += f", going on from step {start}" if start else ""
         batches = training_batches(
             dataset.train,
@@ -63,6 +71,7 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
             seed=settings.seed,
             start_step=start,
             align=document_alignment(config.model),
+            rows=local_rows(settings.batch_size),
         )
         with (
             MetricsLog(run_dir, start) as log,
@@ -100,7 +109,8 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
                 top_k = None
                 if settings.top_k_anneal_steps:
                     top_k = jnp.int32(annealed_top_k(config, step - 1))
-                state, metrics = step_fn(state, next(batches), jnp.float32(rate), top_k)
+                batch = on_mesh(next(batches), settings.batch_size)
+                state, metrics = step_fn(state, batch, jnp.float32(rate), top_k)
                 # Fetched one step late, so that the host never waits for the device.
                 if pending is not None:
                     record(*pending)

@@ -1,6 +1,7 @@
 """A run's folder: what is in it, who may write to it, how a trained model is read back from it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +13,12 @@ from mc_jax import config as configs
 from mc_jax.config import Config
 from mc_jax.data.dataset import Dataset, open_data
 from mc_jax.nn import LanguageModel
+from mc_jax.parallel import has_mesh
+from mc_jax.parallel.parameters import shardings
 from mc_jax.training.checkpoint import Checkpoints
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.step import TrainState, init_state, merge_model, split_model
+from pallas_kernels._platform import platform
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -44,7 +48,9 @@ def must_be_free(run_dir: epath.Path, config: Config, *, overwrite: bool) -> Non
         raise ValueError(f"{run_dir} is not empty and not a run; choose another name with --name")
     if overwrite:
         return
-    changed = configs.differences(config, configs.from_json((run_dir / CONFIG_FILE).read_text()))
+    earlier = configs.from_json((run_dir / CONFIG_FILE).read_text())
+    # A run may go on on other devices.
+    changed = configs.differences(dataclasses.replace(config, mesh=earlier.mesh), earlier)
     if changed:
         listed = ", ".join(f"{name} {old!r} there, {new!r} here" for name, (new, old) in changed.items())
         raise ValueError(f"{run_dir} holds another run ({listed}); choose another --name, or --overwrite it")
@@ -62,24 +68,47 @@ def write_settings(run_dir: epath.Path, config: Config, dataset: Dataset) -> Non
 
 
 def activation_dtype(config: Config) -> Any:
-    """The dtype of activations: as configured, else float32 on CPU and bfloat16 elsewhere."""
+    """The dtype of activations: as configured, else float32 on CPU and bfloat16 elsewhere.
+
+    The platform is that of the current mesh, which need not be here.
+    """
     name = config.training.compute_dtype
     if name is None:
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if platform() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def new_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:
-    """The model's static part and the training state before the first step, drawn from the config's seed."""
+    """The model's static part and the training state before the first step, drawn from the config's seed.
 
+    On the mesh of `jax.set_mesh` every device draws its own part of the state; without one it lies on the
+    default device.
+    """
+    graph, draw = _drawing(config, vocab_size)
+    where = shardings(jax.eval_shape(draw)) if has_mesh() else None
+    return graph, jax.jit(draw, out_shardings=where)()
+
+
+def abstract_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:
+    """As `new_state`, shapes with dtypes and shardings alone: to load a checkpoint, or to compile a step.
+
+    It needs a mesh, whose devices need not be here.
+    """
+    graph, draw = _drawing(config, vocab_size)
+    state = jax.eval_shape(draw)
+    return graph, jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state)
+    )
+
+
+def _drawing(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
     def build():
         rngs = nnx.Rngs(params=config.training.seed)
         return LanguageModel(config.model, vocab_size, dtype=activation_dtype(config), rngs=rngs)
 
-    graph = nnx.graphdef(nnx.eval_shape(build))
     optimizer = make_optimizer(config.training)
-    state = jax.jit(lambda: init_state(split_model(build())[1], optimizer))()
-    return graph, state
+    graph = nnx.graphdef(nnx.eval_shape(build))
+    return graph, lambda: init_state(split_model(build())[1], optimizer)
 
 
 def load_run(run_dir: epath.PathLike) -> Run:

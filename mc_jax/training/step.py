@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from mc_jax.parallel import constrain
+from mc_jax.parallel.parameters import constrain_tree
+
 type Parameters = dict[str, Any]
 type Batch = Mapping[str, jax.typing.ArrayLike]
 """inputs, targets, document_ids: [rows, T] int32; loss_mask [rows, T] float32."""
@@ -70,18 +73,24 @@ def make_step(
         if accumulation == 1:
             loss, gradients = value_and_grad(state.parameters, batch)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+            # Every device's rows go to all parts.
+            parts = jax.tree.map(
+                lambda x: jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1), batch
+            )
+            parts = jax.tree.map(lambda x: constrain(x, None, "batch"), parts)
 
             def accumulate(total, part):
                 return jax.tree.map(jnp.add, total, value_and_grad(state.parameters, part)), None
 
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
             (loss, gradients), _ = jax.lax.scan(accumulate, zeros, parts)
+        gradients = constrain_tree(gradients)
         # Adam's bias correction raises a float to an integer power.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
-        return TrainState(parameters, optimizer_state, state.step + 1), metrics
+        # Laid out as it came, so that it can take the old one's place.
+        return constrain_tree(TrainState(parameters, optimizer_state, state.step + 1)), metrics
 
     return jax.jit(step, donate_argnums=0)

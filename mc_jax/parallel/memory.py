@@ -1,0 +1,77 @@
+"""The functional core on a mesh: each device runs its own rows and heads, and needs nothing of the others.
+
+Shapes: B batch, T tokens, H heads, K key dim, V value dim.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mc_jax import caching
+from mc_jax.caching.aggregations import Gates, Selection
+from mc_jax.memories import Coefficients
+from mc_jax.parallel.rules import is_sharded, spec
+from pallas_kernels._state import Weights
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    routing: caching.Routing | None,
+    coefficients: Coefficients,
+    settings: caching.Settings,
+    *,
+    document_ids: jax.Array | None = None,
+    initial_state: Weights | None = None,
+    top_k: jax.Array | None = None,
+) -> tuple[jax.Array, Gates | Selection | None]:
+    """Reads [B, T, H, V] and gates of `caching.forward`, without the cache.
+
+    It is mapped over the mesh by hand: the compiler cannot divide a kernel.
+
+    Args:
+      q: [B, T, H, K], as there, like all that follows.
+      k: [B, T, H, K].
+      v: [B, T, H, V].
+      routing: what the router needs.
+      coefficients: scalars per token and head.
+      settings: static.
+      document_ids: [B, T].
+      initial_state: [H, ...], the same for all rows.
+      top_k: a traced scalar.
+    """
+
+    def run(q, k, v, routing, coefficients, document_ids, initial_state, top_k) -> tuple[jax.Array, Any]:
+        output = caching.forward(
+            q,
+            k,
+            v,
+            routing,
+            coefficients,
+            settings,
+            document_ids=document_ids,
+            initial_state=initial_state,
+            top_k=top_k,
+        )
+        return output.y, output.gates
+
+    arguments = (q, k, v, routing, coefficients, document_ids, initial_state, top_k)
+    if not is_sharded():
+        return run(*arguments)
+
+    def run_part(*arguments) -> tuple[jax.Array, Any]:
+        y, gates = run(*arguments)
+        # Gates that are the same for all heads have one; the heads of all devices are put side by side.
+        heads = y.shape[2]
+        return y, jax.tree.map(lambda x: jnp.broadcast_to(x, (*x.shape[:2], heads, *x.shape[3:])), gates)
+
+    per_head = spec("batch", None, "heads")
+    return jax.shard_map(
+        run_part,
+        in_specs=(*[per_head] * 5, spec("batch"), spec("heads"), jax.P()),
+        out_specs=per_head,
+        # Results of kernels do not tell over which axes they vary; here all do over all that matter.
+        check_vma=False,
+    )(*arguments)
