@@ -25,9 +25,11 @@ CHIPS = tuple(TOPOLOGIES)
 
 
 @functools.cache
-def _device(chip: str) -> jax.Device:
-    described = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-    return described.devices[0]
+def four(chip: str) -> list[jax.Device]:
+    """Four chips side by side; skip the test where libtpu is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, which compiles for TPUs, is not installed: uv sync --group aot")
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
 
 
 def compile_for(chip: str, function: Callable, *shapes, donate_argnums=()) -> jax.stages.Compiled:
@@ -39,9 +41,7 @@ def compile_for(chip: str, function: Callable, *shapes, donate_argnums=()) -> ja
       *shapes: its arguments, trees of `jax.ShapeDtypeStruct`.
       donate_argnums: which of them it may overwrite.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, which compiles for TPUs, is not installed: uv sync --group aot")
-    mesh = jax.sharding.Mesh([_device(chip)], "chip", axis_types=(AxisType.Auto,))
+    mesh = jax.sharding.Mesh([four(chip)[0]], "chip", axis_types=(AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P())
     described = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes

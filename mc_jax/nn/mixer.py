@@ -243,7 +243,7 @@ class _Fraction(nnx.Module):
 
     def __init__(self, model_dim: int, num_heads: int, start: float, rngs: nnx.Rngs):
         self.map = nnx.Linear(model_dim, num_heads, dtype=jnp.float32, rngs=rngs)
-        self.map.bias = nnx.Param(jnp.full((num_heads,), math.log(start / (1 - start))))
+        self.map.bias = nnx.Param(jnp.full((num_heads,), math.log(start / (1 - start)), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return nnx.sigmoid(self.map(x))

@@ -95,3 +95,15 @@ def test_alignment_reaches_the_rows(store):
 def test_a_store_on_disk_gives_the_same_batches(store, tmp_path):
     on_disk = write_store(tmp_path / "train", tokenize(DOCUMENTS, TOKENIZER), TOKENIZER)
     assert_same(take(store, 6), take(on_disk, 6))
+
+
+def test_processes_that_read_their_own_rows_read_the_batch_between_them(store):
+    settings = {"context_length": 32, "batch_size": 4, "seed": 3, "start_step": 2}
+    whole = take(store, 5, **settings)
+    parts = [take(store, 5, rows=rows, **settings) for rows in ([0, 2], [1, 3])]
+    for step, batch in enumerate(whole):
+        for name, rows in batch.items():
+            found = np.empty_like(rows)
+            for start, part in enumerate(parts):
+                found[start::2] = part[step][name]
+            np.testing.assert_array_equal(found, rows)
