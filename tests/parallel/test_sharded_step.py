@@ -174,13 +174,14 @@ def test_weights_and_moments_are_divided_among_all_devices_that_share_them():
 
 @pytest.mark.parametrize("memory", ["linear", "delta", "titans"])
 def test_a_step_for_four_tpus_runs_the_kernels_on_its_rows_and_heads(memory):
-    model = {"memory": memory, "memory_depth": 1, "model_dim": 512, "num_heads": 4, "mlp_dim": 512}
+    depth = {"memory_depth": 1} if memory == "titans" else {}
+    model = {"memory": memory, **depth, "model_dim": 512, "num_heads": 4, "mlp_dim": 512}
     model |= {"segment_length": 256, "chunk_length": 64, "aggregation": "gated"}
     config = config_of(model, context_length=512)
     rows = jax.ShapeDtypeStruct((ROWS, 512), jnp.int32)
     with jax.set_mesh(make_mesh(MeshConfig(tensor=2), four("v5e"))) as mesh:
         graph, state = abstract_state(config, VOCABULARY)
-        step = make_step(graph, make_optimizer(config.training))
+        step = make_step(graph, make_optimizer(config.training), accumulation=1)
         batch = dict.fromkeys(("inputs", "targets", "document_ids"), rows)
         batch["loss_mask"] = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
         laid = jax.NamedSharding(mesh, jax.P(("replica", "fsdp")))
