@@ -179,7 +179,8 @@ def test_a_step_for_four_tpus_runs_the_kernels_on_its_rows_and_heads(memory):
     model |= {"segment_length": 256, "chunk_length": 64, "aggregation": "gated"}
     config = config_of(model, context_length=512)
     rows = jax.ShapeDtypeStruct((ROWS, 512), jnp.int32)
-    with jax.set_mesh(make_mesh(MeshConfig(tensor=2), four("v5e"))) as mesh:
+    mesh = make_mesh(MeshConfig(tensor=2), four("v5e"))
+    with jax.set_mesh(mesh):
         graph, state = abstract_state(config, VOCABULARY)
         step = make_step(graph, make_optimizer(config.training), accumulation=1)
         batch = dict.fromkeys(("inputs", "targets", "document_ids"), rows)
