@@ -85,9 +85,7 @@ def test_every_field_tells_what_it_is(capsys):
     for field in FIELDS:
         option = "--" + field.replace("_", "-")
         (at,) = (number for number, line in enumerate(lines) if line.startswith((option + " ", option + ",")))
-        assert not lines[at + 1].startswith(("(default", "--")), (
-            f"{field} needs a docstring in mc_jax/config.py"
-        )
+        assert not lines[at + 1].startswith(("(default", "--")), f"{field} needs a docstring in mc_jax/config"
 
 
 def test_the_default_config_is_valid():

@@ -1,0 +1,69 @@
+"""A config as JSON and back, and what differs between two."""
+
+import dataclasses
+import difflib
+import json
+from typing import Any
+
+from mc_jax.config.settings import Config, ConfigError
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The config that `to_dict` was given.
+
+    Raises:
+      ConfigError: for a section or field that is not known, with the nearest known name.
+    """
+    sections = {field.name: field.type for field in dataclasses.fields(Config)}
+    built = {}
+    for name, content in values.items():
+        _must_be_known(name, name, sections)
+        section_type: Any = sections[name]
+        known = {field.name for field in dataclasses.fields(section_type)}
+        for field in content:
+            _must_be_known(f"{name}.{field}", field, known)
+        # JSON has no tuples.
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        built[name] = section_type(**fields)
+    return Config(**built)
+
+
+def _must_be_known(path: str, name: str, known: Any) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        cure = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+        raise ConfigError(f"there is no setting {path}; {cure}")
+
+
+def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields whose values differ: {"model.num_layers": (value in config, value in other)}."""
+    first, second = to_dict(config), to_dict(other)
+    return {
+        f"{section}.{name}": (value, second[section][name])
+        for section, content in first.items()
+        for name, value in content.items()
+        if value != second[section][name]
+    }
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON text."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The config of a `config.json`.
+
+    Raises:
+      ConfigError: the text is not JSON, or not of a config.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config.json is not JSON ({error}); restore it, or start the run anew") from error
+    return from_dict(values)

@@ -1,0 +1,157 @@
+"""What a run is made of: frozen dataclasses, one field a decision.
+
+A recipe (a function that returns a `Config`) is the only place where values are chosen; the command line
+overrides single fields (`--model.segment-length 128`).
+"""
+
+import dataclasses
+from typing import Literal
+
+MemoryName = Literal["linear", "swla", "delta", "dla", "titans"]
+AggregationName = Literal["none", "residual", "gated", "soup", "sparse", "average"]
+Segmentation = Literal["constant", "logarithmic"]
+SegmentInit = Literal["checkpoint", "independent"]
+LayerKind = Literal["memory", "attention", "window"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message says which field, why, and the cure, in one line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The language model: blocks of a Memory Caching mixer and a SwiGLU MLP (MATH.md section 5)."""
+
+    num_layers: int = 12
+    """Number of blocks."""
+    model_dim: int = 768
+    """Width of the residual stream; key and value dims are model_dim / num_heads."""
+    num_heads: int = 16
+    """Memories per layer; must divide model_dim."""
+    mlp_dim: int = 2048
+    """Hidden width of the SwiGLU MLP."""
+    memory: MemoryName = "linear"
+    """The recurrence: how tokens are written to a memory."""
+    memory_depth: Literal[1, 2] | None = None
+    """State of "dla" and "titans": 1 a matrix, 2 an MLP. None for the others, whose state is a matrix."""
+    aggregation: AggregationName = "gated"
+    """How the online and the cached memories are read together; "none" is the base recurrence."""
+    segment_length: int = 256
+    """Tokens after which the memory's state is cached; a multiple of chunk_length."""
+    segmentation: Segmentation = "constant"
+    """Every segment is a memory, or a token's segments are grouped by the digits of their number."""
+    segment_init: SegmentInit = "checkpoint"
+    """A segment goes on from the last one's state, or starts afresh ("independent")."""
+    chunk_length: int = 64
+    """Tokens that are processed together by matrix products; divides segment_length."""
+    top_k: int | None = None
+    """Cached memories that "sparse" and "average" read; None with the others."""
+    router_blocks: int = 1
+    """A segment's score is the best of this many parts of it; 1 is the paper's mean."""
+    router_keys: Literal["inputs", "keys"] = "inputs"
+    """What is pooled over a segment to be scored: a learned map of the inputs, or the keys."""
+    online_logit: Literal["learned", "running_mean"] = "learned"
+    """The online memory's logit: a learned map of the input, or the score of the segment so far."""
+    convolution_width: int = 4
+    """Width of the causal depth-wise convolution after the q, k and v maps; 1 is none."""
+    tie_embeddings: bool = True
+    """Use the embedding as the output map."""
+    layer_pattern: tuple[LayerKind, ...] = ("memory",)
+    """Mixers of successive layers, repeated: Memory Caching, attention, sliding-window attention."""
+    attention_window: int | None = None
+    """Tokens that "window" layers see, their own included; None without such layers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tokens come from and how they are laid in rows."""
+
+    corpus: str = "austen"
+    """An embedded corpus ("austen"), or a folder that `mc-jax prepare` wrote."""
+    tokenizer: Literal["bytes", "bpe"] | None = "bytes"
+    """Tokenizer of an embedded corpus; None with a prepared folder, which has its own."""
+    vocab_size: int | None = None
+    """Vocabulary of the "bpe" tokenizer, which is trained on the training text; None otherwise."""
+    context_length: int = 4096
+    """Tokens in a row: documents are packed into rows, and memories reset at their starts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimizer, schedule, precision, checkpoints."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 8
+    """Rows in an optimizer step."""
+    accumulation: int = 1
+    """Parts a batch is cut into, whose gradients are summed; must divide batch_size."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up before the cosine decay."""
+    final_learning_rate: float = 0.0
+    """Where the cosine ends."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    top_k_anneal_steps: int = 0
+    """Steps over which "sparse" goes from reading all cached memories to top_k; 0: top_k from the start."""
+    gradient_clip: float = 1.0
+    """Largest global norm of the gradient."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of activations; weights stay float32. None: float32 on CPU, bfloat16 elsewhere."""
+    seed: int = 0
+    """Seeds initial weights and the order of rows."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The devices of training: their number is replica x fsdp x tensor, and no result depends on it."""
+
+    replica: int = -1
+    """Copies of weights and optimizer state, which split a batch; -1: one a slice, or what fsdp leaves."""
+    fsdp: int = -1
+    """Devices that split a batch, and weights and optimizer state among them; -1: all that are left."""
+    tensor: int = 1
+    """Devices that split the heads and MLPs of a row's model; must divide num_heads and mlp_dim."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The held-out result and the sample at a run's end."""
+
+    stride: int | None = None
+    """Tokens scored per window of a long document, the rest of it being context; None: half a window."""
+    batch_size: int = 8
+    """Windows evaluated together."""
+    sample_prompt: str = "It is a truth universally acknowledged"
+    """What the sample in the report goes on from."""
+    sample_tokens: int = 200
+    """Length of that sample, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def document_alignment(model: ModelConfig) -> int:
+    """Documents start at multiples of this many tokens in a row.
+
+    A chunk of "titans", or of an MLP memory, takes its gradients at one state, so it holds one document.
+    """
+    return model.chunk_length if model.memory == "titans" or model.memory_depth == 2 else 1
