@@ -104,7 +104,7 @@ def assert_close(actual, expected, tolerance, what):
         assert np.isfinite(left).all(), f"{what}{jax.tree_util.keystr(path)} is not finite"
         error = np.abs(left - right).max() / max(np.abs(right).max(), 1e-30)
         assert error <= tolerance, (
-            f"{what}{jax.tree_util.keystr(path)} is off by {error:.1e}: it disagrees with the reference on a rule"
+            f"{what}{jax.tree_util.keystr(path)} is off by {error:.1e}: a rule is not the reference's"
         )
 
 
