@@ -21,6 +21,11 @@ from pallas_kernels.state_read import xla
 from pallas_kernels.state_read._gpu_matrix import DIMS, MOST_KEY_DIM, TOKENS, read
 
 
+def has_kernel(q: jax.Array, states: Weights) -> bool:
+    """Whether the device has a kernel for queries [B, T, H, K] and these states."""
+    return _obstacle(q, states) is None
+
+
 def gated_state_read(
     q: jax.Array, gates: jax.Array, states: Weights, *, segment_length: int | None
 ) -> jax.Array:
