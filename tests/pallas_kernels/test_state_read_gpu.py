@@ -10,6 +10,7 @@ from gpu_description import AMPERE, lower_for_gpu, on_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gated_state_read
+from pallas_kernels.state_read import xla
 
 # RMS ratios: what rounding to bfloat16 of states, of gates times queries and of results costs.
 TOLERANCES = {"the result": 5e-3, "q": 8e-3, "gates": 2e-2, "states": 8e-3}
@@ -88,6 +89,21 @@ def test_rows_and_heads_do_not_mix_and_what_no_token_may_read_is_not_touched():
 def test_the_kernel_lowers_with_its_gradient(dim):
     lowered = lower_for_gpu(_read_and_gradients("gpu", 64), *_arguments(300, 4, dim, dim, heads=2))
     assert lowered.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mlp", [False, True], ids=["matrix", "mlp"])
+def test_a_group_of_states_at_once_is_read_as_the_reference_reads_it(mlp, monkeypatch):
+    monkeypatch.setattr(xla, "_GPU_GROUP", 3)  # two groups, the second filled up
+    q, gates, states, out_bar = (x.astype(jnp.float64) for x in _arguments(21, 5, 4, 4, 4))
+    states = (states, states[..., ::-1]) if mlp else states
+    expected = jax.jit(_read_and_gradients("reference"))(q, gates, states, out_bar)
+    with on_gpu():
+        got = jax.jit(_read_and_gradients(None, 4))(q, gates, states, out_bar)
+    for tree in (got, expected):
+        tree["gates"] = jnp.where(_readable(gates, 4), tree["gates"], jnp.zeros_like(gates))
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9, err_msg=jax.tree_util.keystr(path))
 
 
 def test_without_a_name_xla_reads_on_gpus():
