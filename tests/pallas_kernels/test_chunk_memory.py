@@ -201,7 +201,7 @@ def test_segments_side_by_side_equal_tokens_with_documents_and_lengths(x64, rule
 
 
 @pytest.mark.usefixtures("two_segments_at_once")
-@pytest.mark.parametrize("rule", GPU_RULES)
+@pytest.mark.parametrize("rule", ["linear", "delta"])
 def test_segments_side_by_side_without_coefficients_and_in_single_precision(rule):
     for tokens in (CHUNK - 1, 2 * SEGMENT + 1):
         arguments = make(rule, tokens, coefficients=False, dtype=np.float32)
