@@ -13,7 +13,10 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints of a run folder; a context manager that waits for the last write."""
+    """The checkpoints of a run folder; a context manager that waits for the last write.
+
+    Of several processes each writes and reads what its devices hold, and all must make the same calls.
+    """
 
     def __init__(self, run_dir: epath.Path, *, every: int = 1, keep: int | None = None):
         """Open, and make where missing, the checkpoints of a run.
