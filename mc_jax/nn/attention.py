@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_jax.nn.mixer import Dtype
+from pallas_kernels._kept import keep
 
 _ROTARY_BASE = 10_000.0
 
@@ -80,7 +81,7 @@ class Attention(nnx.Module):
             mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
         window = None if self.window is None else (self.window - 1, 0)
         y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, local_window_size=window)
-        return self.output(y.reshape(x.shape))
+        return self.output(keep(y).reshape(x.shape))
 
 
 def _rotate(x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -58,7 +58,7 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
         Preemption() as preemption,
     ):
         graph, like = run.abstract_state(config, dataset.tokenizer.vocab_size)
-        step_fn = make_step(graph, make_optimizer(settings), settings.accumulation)
+        step_fn = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(like.parameters))
         start = checkpoints.latest() or 0
         if start:

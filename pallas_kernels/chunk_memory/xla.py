@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._chunks import Grid, Tokens, heads_first
+from pallas_kernels._kept import keep
 from pallas_kernels._state import (
     OnlineState,
     batch_weights,
@@ -75,16 +76,21 @@ def chunk_memory(
         initial, momentum=rule == "titans", anchor=rule == "titans", previous=rule == "swla"
     )
 
-    def segment(state: OnlineState, tokens: Tokens):
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def run_segment(state: OnlineState, tokens: Tokens):
         state, reads = _SEGMENTS[rule](state, jax.tree.map(heads_first, tokens), initial)
         return state, (heads_first(reads).astype(q.dtype), state.weights)
 
-    final, (reads, states) = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), start, tokens)
+    def segment(state: OnlineState, tokens: Tokens):
+        return run_segment(state if independent else keep(state), tokens)
+
+    final, (reads, states) = jax.lax.scan(segment, start, tokens)
     reads = grid.join(reads, independent)[:, :count]
     if independent:
         states = states.reshape(batch, grid.segments, *states.shape[2:])
     else:
         states = jnp.moveaxis(states, 0, 1)
+    reads, states = keep((reads, states))
     return reads, states, _final_state(final, k, v, lengths, grid, chunk_length, independent)
 
 
