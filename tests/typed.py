@@ -3,7 +3,7 @@
 import contextlib
 import io
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,12 @@ import tyro
 
 from mc_jax.cli import main
 from mc_jax.config import validate
+
+
+@contextlib.contextmanager
+def _silence(errors: io.StringIO) -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        yield
 
 
 class _Parsed(Exception):
@@ -22,7 +28,17 @@ def parse_mc_jax(words: Sequence[str]) -> Any:
 
     Recipe and options must be there, and the settings they make must fit together.
     """
-    shown = f"mc-jax {shlex.join(words)}"
+    parsed = parse_main(main, words)
+    if hasattr(parsed, "config"):
+        try:
+            validate(parsed.config)
+        except ValueError as error:
+            pytest.fail(f"mc-jax {shlex.join(words)}\nis refused: {error}")
+    return parsed
+
+
+def parse_main(program: Callable[[list[str]], object], words: Sequence[str]) -> Any:
+    """What tyro makes of the words that a program's `main` is given; None: it shows a help."""
     parse = tyro.cli
 
     def parse_and_stop(*arguments: Any, **options: Any) -> Any:
@@ -32,17 +48,14 @@ def parse_mc_jax(words: Sequence[str]) -> Any:
         raise _Parsed(parsed)
 
     errors = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+    with pytest.MonkeyPatch.context() as patch, _silence(errors):
         patch.setattr(tyro, "cli", parse_and_stop)
         try:
-            code = main(words)
+            code = program(list(words))
         except _Parsed as stopped:
-            (parsed,) = stopped.args
-        else:
-            pytest.fail(f"{shown}\nis refused with exit code {code}: {errors.getvalue()}")
-    if hasattr(parsed, "config"):
-        try:
-            validate(parsed.config)
-        except ValueError as error:
-            pytest.fail(f"{shown}\nis refused: {error}")
-    return parsed
+            return stopped.args[0]
+        except SystemExit as stopped:  # a help that was asked for
+            if not stopped.code:
+                return None
+            raise
+    pytest.fail(f"{shlex.join(words)}\nis refused with exit code {code}: {errors.getvalue()}")

@@ -1,5 +1,6 @@
 """XPK's JobSets of scripts/launch/gke against the Kubernetes API; run by scripts/launch/validate."""
 
+import argparse
 import pathlib
 import re
 import subprocess
@@ -10,8 +11,12 @@ from typing import Any
 import jsonschema
 import yaml
 from kubernetes import client
+from xpk.parser.core import set_parser
 
 HERE = pathlib.Path(__file__).parent
+sys.path.append(str(HERE.parents[1] / "tests"))
+from pages import all_commands  # noqa: E402
+
 # Topology, slices; hosts of a slice, and what GKE's nodes are labelled with.
 CASES = [
     ("v5p:4x4x4", 1, 16, "tpu-v5p-slice"),
@@ -32,6 +37,13 @@ def main() -> None:
         if schema is not None:
             _must_fit(jobset, schema)
         print(f"gke: {topology}, {slices} slices: a valid JobSet of {slices * hosts} pods")
+    parser = argparse.ArgumentParser("xpk")
+    set_parser(parser)
+    for words, where in all_commands():
+        if words[0] == "xpk":
+            # Some dry runs ask the cluster.
+            parser.parse_args(words[1:])
+            print(f"{where}: {' '.join(words[:3])}: taken by xpk")
 
 
 def _jobset(topology: str, slices: int) -> dict[str, Any]:

@@ -2,11 +2,17 @@
 
 import pathlib
 import subprocess
+import sys
+from typing import Any
 
 import sky
 import yaml
+from sky.client.cli.command import cli
 
 HERE = pathlib.Path(__file__).parent
+sys.path.append(str(HERE.parents[1] / "tests"))
+from pages import all_commands  # noqa: E402
+
 ENVS = {"NAME": "a-run", "RECIPE": "quickstart", "RUNS_DIR": "gs://bucket/runs"}
 
 
@@ -25,6 +31,18 @@ def main() -> None:
         recovery = resources.job_recovery
         assert recovery["recover_on_exit_codes"] == [143], recovery
         print(f"{file.name}: a valid task of {task.num_nodes} x {resources.accelerators} ({resources.cloud})")
+    for words, where in all_commands():
+        if words[0] == "sky":
+            _parse(cli, words[1:])
+            print(f"{where}: sky {' '.join(words[1:3])}: taken by sky")
+
+
+def _parse(command: Any, words: list[str]) -> None:
+    """Let SkyPilot's own parser read a command, whose options must be there; nothing runs."""
+    while hasattr(command, "commands"):
+        command = command.commands[words[0]]
+        words = words[1:]
+    command.make_context(command.name, list(words))
 
 
 if __name__ == "__main__":
