@@ -6,6 +6,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from mc_jax.training._buckets import absolute
 from mc_jax.training.step import TrainState
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -29,7 +30,7 @@ class Checkpoints:
         save: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(every)
         preserve: Any = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            (run_dir / CHECKPOINTS_FOLDER).resolve(),  # Orbax wants it absolute
+            absolute(run_dir / CHECKPOINTS_FOLDER),  # Orbax wants it so
             save_decision_policy=save,
             preservation_policy=preserve,
             cleanup_tmp_directories=True,
