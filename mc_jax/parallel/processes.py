@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from mc_jax.parallel.roll_call import RollCall
 
 _LONGEST_MESSAGE = 4096  # bytes
+_LONGEST_REASON = 500  # characters
 # All come to the end together, so who waits longer waits in vain.
 _SECONDS_TO_SHUT_DOWN = 10
 
@@ -80,7 +81,7 @@ def joined(
         if isinstance(error, jax.errors.JaxRuntimeError):
             # Most likely a collective that another process no longer takes part in.
             roll_call.wait_for_bad_news()
-        roll_call.fail(f"{type(error).__name__}: {error}")
+        roll_call.fail(" ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON])
         raise
     roll_call.leave()
     jax.distributed.shutdown()
