@@ -6,6 +6,7 @@ all see; process 0 alone writes to it, but for checkpoints, of which each writes
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ from jax.experimental import multihost_utils
 from mc_jax.parallel.roll_call import RollCall
 
 _LONGEST_MESSAGE = 4096  # bytes
-# All come to the end together, so who waits longer waits in vain.
-_SECONDS_TO_SHUT_DOWN = 10
+_LONGEST_REASON = 500  # characters
+# All come to the end together, or within the time to fail together: who waits longer waits in vain.
+_SECONDS_TO_SHUT_DOWN = 20
 
 
 class _Place(NamedTuple):
@@ -71,7 +73,7 @@ def joined(
         place.count,
         place.index,
         cluster_detection_method=None if place.is_detected else "deactivate",
-        initialization_timeout=round(patience),
+        initialization_timeout=math.ceil(patience),
         shutdown_timeout_seconds=_SECONDS_TO_SHUT_DOWN,
     )
     try:
@@ -80,7 +82,7 @@ def joined(
         if isinstance(error, jax.errors.JaxRuntimeError):
             # Most likely a collective that another process no longer takes part in.
             roll_call.wait_for_bad_news()
-        roll_call.fail(f"{type(error).__name__}: {error}")
+        roll_call.fail(" ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON])
         raise
     roll_call.leave()
     jax.distributed.shutdown()
@@ -151,7 +153,7 @@ def _detect(patience: float) -> _Place | None:
     from jax._src.clusters import ClusterEnv
 
     address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, None, round(patience)
+        None, None, None, None, None, math.ceil(patience)
     )
     if address is None or count is None or index is None or count == 1:
         return None

@@ -91,14 +91,14 @@ class RollCall:
                     self._left.add(other)
                     self._changed.notify_all()
             else:
+                if message.get("failed") == other:
+                    time.sleep(_SECONDS_TO_FAIL_TOGETHER)
                 self._end(message)
         if other not in self._left:
             self._end({"gone": other, "name": link.name})
 
     def _end(self, message: dict[str, Any]) -> None:
         """End this process because of another one, and tell all others why."""
-        if "failed" in message:
-            time.sleep(_SECONDS_TO_FAIL_TOGETHER)
         with self._changed:
             if self._is_ending:
                 return

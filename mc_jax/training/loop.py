@@ -54,8 +54,8 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
 
     with (
         jax.set_mesh(mesh),
+        Preemption() as preemption,  # outside: no second signal may disturb the last checkpoint
         Checkpoints(run_dir, every=settings.checkpoint_every, keep=settings.keep_checkpoints) as checkpoints,
-        Preemption() as preemption,
     ):
         graph, like = run.abstract_state(config, dataset.tokenizer.vocab_size)
         step_fn = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
