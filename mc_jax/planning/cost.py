@@ -84,7 +84,9 @@ def keep_schedules() -> None:
     if _schedules is None:
         _schedules = Path(tempfile.mkdtemp(prefix="schedules"))
         atexit.register(shutil.rmtree, _schedules, ignore_errors=True)
+        # Without the last, what every pass makes is written: gigabytes of a whole step.
         flags = f"--xla_jf_dump_to={_schedules} --xla_jf_dump_llo_text=true"
+        flags += " --xla_jf_dump_llo_pass_label_regex=final_bundles"
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
         quiet_libtpu()
 
