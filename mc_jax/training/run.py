@@ -114,7 +114,7 @@ def new_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, TrainState
     On the mesh of `jax.set_mesh` every device draws its own part of the state; without one it lies on the
     default device.
     """
-    graph, draw = _drawing(config, vocab_size)
+    graph, draw = drawing(config, vocab_size)
     where = shardings(jax.eval_shape(draw)) if has_mesh() else None
     return graph, jax.jit(draw, out_shardings=where)()
 
@@ -124,14 +124,16 @@ def abstract_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Train
 
     It needs a mesh, whose devices need not be here.
     """
-    graph, draw = _drawing(config, vocab_size)
+    graph, draw = drawing(config, vocab_size)
     state = jax.eval_shape(draw)
     return graph, jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state)
     )
 
 
-def _drawing(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
+def drawing(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
+    """The model's static part, and the function that draws the training state before the first step."""
+
     def build():
         rngs = nnx.Rngs(params=config.training.seed)
         return LanguageModel(config.model, vocab_size, dtype=activation_dtype(config), rngs=rngs)
