@@ -8,7 +8,7 @@ _HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-<>]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<kind>[a-z][a-z0-9\-]*)\(")
 _WHILE = re.compile(r"condition=%?([\w.\-<>]+), body=%?([\w.\-<>]+)")
 _CALLED = re.compile(r"(?:to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|\S+)")
-_LIMIT = re.compile(r" s32\[\]\S* constant\((\d+)\)")
+_LIMIT = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _OVERFLOW = 2**62  # an estimate that overflowed is printed as some 2^63
