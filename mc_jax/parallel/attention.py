@@ -71,4 +71,4 @@ def _splash(window, q, k, v, document_ids):
         return kernel(q, k, v, segment_ids=None if ids is None else splash.SegmentIds(ids, ids))
 
     q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(dim**-0.5, q.dtype), k, v))
-    return jax.vmap(of_row)(q, k, v, document_ids).swapaxes(1, 2).astype(v.dtype)
+    return jnp.asarray(jax.vmap(of_row)(q, k, v, document_ids)).swapaxes(1, 2).astype(v.dtype)
