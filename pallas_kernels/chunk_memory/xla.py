@@ -14,6 +14,7 @@ from pallas_kernels._chunks import Grid, Tokens, heads_first
 from pallas_kernels._state import (
     OnlineState,
     batch_weights,
+    go_on,
     initial_online_state,
     last_token,
     select_rows,
@@ -44,6 +45,7 @@ def chunk_memory(
     segment_length: int,
     segment_init: str,
     initial_state: jax.Array | None,
+    start: OnlineState | None,
     chunk_length: int,
     document_ids: jax.Array | None,
     lengths: jax.Array | None,
@@ -71,15 +73,17 @@ def chunk_memory(
     initial = batch_weights(initial_state, batch, dtype)
     if independent:
         initial = jax.tree.map(lambda x: jnp.repeat(x, grid.segments, axis=0), initial)
-    start = initial_online_state(
+    begin = initial_online_state(
         initial, momentum=rule == "titans", anchor=rule == "titans", previous=rule == "swla"
     )
+    if start is not None:
+        begin = go_on(start, begin)
 
     def segment(state: OnlineState, tokens: Tokens):
         state, reads = _SEGMENTS[rule](state, jax.tree.map(heads_first, tokens), initial)
         return state, (heads_first(reads).astype(q.dtype), state.weights)
 
-    final, (reads, states) = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), start, tokens)
+    final, (reads, states) = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), begin, tokens)
     reads = grid.join(reads, independent)[:, :count]
     if independent:
         states = states.reshape(batch, grid.segments, *states.shape[2:])
