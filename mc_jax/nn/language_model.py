@@ -52,10 +52,10 @@ class LanguageModel(nnx.Module):
         """
 
         def apply(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return constrain(block(x, document_ids, top_k)[0], "batch"), None
+            return constrain(block(x, document_ids, top_k)[0], "batch", "tokens"), None
 
-        x, _ = self._scan(apply, constrain(self._embed(tokens), "batch"))
-        return constrain(self._logits(x), "batch")
+        x, _ = self._scan(apply, constrain(self._embed(tokens), "batch", "tokens"))
+        return constrain(self._logits(x), "batch", "tokens")
 
     def read_gates(self, tokens: jax.Array) -> Gates | None:
         """What each token reads in the layers with a memory: gates [layers, B, T, H(, N)].
