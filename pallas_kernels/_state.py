@@ -50,6 +50,17 @@ def initial_online_state(
     )
 
 
+def go_on(start: OnlineState, like: OnlineState) -> OnlineState:
+    """Return the state `start`, from before a chunk, with the parts and the dtype of the state `like`."""
+    start = OnlineState(
+        weights=start.weights,
+        momentum=None if like.momentum is None else start.momentum,
+        anchor=None if like.anchor is None else start.weights,
+        previous=None if like.previous is None else start.previous,
+    )
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), start, like)
+
+
 def batch_weights[W: Weights](initial_state: W, batch: int, dtype: jnp.dtype) -> W:
     """Return initial weights [H, ., .] or [B, H, ., .] as [B, H, ., .] in `dtype`."""
 

@@ -49,6 +49,7 @@ FIELDS = (
     "training.keep_checkpoints",
     "mesh.replica",
     "mesh.fsdp",
+    "mesh.sequence",
     "mesh.tensor",
     "evaluation.stride",
     "evaluation.batch_size",
@@ -138,6 +139,7 @@ def test_the_default_config_is_valid():
         ({"training__beta2": 1.0}, "training.beta2 is 1.0; set it in [0, 1)"),
         ({"training__seed": -1}, "training.seed is -1; set it to 0 or more"),
         ({"mesh__fsdp": 0}, "mesh.fsdp is 0; set it to 1 or more, or to -1"),
+        ({"mesh__sequence": -1}, "mesh.sequence is -1; set it to 1 or more"),
         ({"mesh__tensor": -1}, "mesh.tensor is -1; set it to 1 or more"),
         (
             {"training__steps": 10},

@@ -3,32 +3,19 @@
 Shapes: B batch, T tokens, S segments, N cached states, H heads, K key dim, V value dim, R router dim.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from mc_jax.caching import router, segments
+from mc_jax.caching import router
+from mc_jax.caching._recurrence import log_retention_of, memory_of, mixable_of
 from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Scores, Selection
 from mc_jax.caching.cache import Cache, append_token, write_segment
-from mc_jax.caching.prefill import cache_after
-from mc_jax.caching.reading import Cached, Routing, choose, combine
+from mc_jax.caching.reading import Routing, choose, combine
+from mc_jax.caching.rows import forward
 from mc_jax.caching.settings import Settings
 from mc_jax.caching.storage import Storage, fetch_selected, to_place, unpack
-from mc_jax.memories import Coefficients, DecodableMemory, Layout, Memory, MixableMemory, memory_for
-from pallas_kernels._kept import keep
-from pallas_kernels._state import Weights, state_dtype
-
-
-class Output(NamedTuple):
-    """What `forward` finds."""
-
-    y: jax.Array
-    """[B, T, H, V]."""
-    gates: Gates | Selection | None
-    """Weights of the memories in each token's read; None where only the online memory is read."""
-    cache: Cache
-    """With which decoding goes on after the last token."""
+from mc_jax.memories import Coefficients, DecodableMemory
+from pallas_kernels._state import Weights
 
 
 def memory_caching(
@@ -124,99 +111,6 @@ def memory_caching(
     return output.y, output.cache
 
 
-def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    routing: Routing | None,
-    coefficients: Coefficients,
-    settings: Settings,
-    *,
-    document_ids: jax.Array | None = None,
-    initial_state: Weights | None = None,
-    lengths: jax.Array | None = None,
-    top_k: jax.Array | None = None,
-) -> Output:
-    """`memory_caching` for a caller that has its settings at hand.
-
-    Args:
-      q: as there, like all that is not named here.
-      k: keys.
-      v: values.
-      routing: what the router needs; None without a router.
-      coefficients: scalars per token and head.
-      settings: static.
-      document_ids: packed documents.
-      initial_state: of the memory.
-      lengths: [batch], int32: rows end there; later tokens are not written, and what they read has no
-        meaning. None: all rows are full.
-      top_k: a traced scalar in place of the settings' top_k, while that is annealed.
-    """
-    batch, length = q.shape[:2]
-    memory = _memory(settings, coefficients, initial_state)
-    merges = settings.segmentation == "logarithmic" and settings.segment_init == "independent"
-    if merges and initial_state is not None:
-        raise ValueError(
-            "independent segments that each start from an initial_state cannot be merged into groups; "
-            "leave initial_state out, or set segment_init to 'checkpoint'"
-        )
-    if document_ids is not None:
-        document_ids = segments.normalize_documents(document_ids)
-    layout = Layout(
-        segment_length=settings.segment_length,
-        segment_init=settings.segment_init,
-        chunk_length=settings.chunk_length,
-        implementation=settings.implementation,
-        initial_state=initial_state,
-        document_ids=document_ids,
-        lengths=lengths,
-    )
-    run = memory.run(q, k, v, coefficients, layout)
-    dtype = state_dtype(q)
-    owned = segments.owned(document_ids, batch, length, settings.segment_length).astype(dtype)
-    log_retention = _log_retention(settings, coefficients, (batch, length, q.shape[2]), dtype)
-    log_sum = None
-    if log_retention is not None:
-        log_sum = jnp.einsum("bsl,bslh->bsh", owned, segments.split(log_retention, settings.segment_length))
-    cached = Cached(run.segment_states, jnp.sum(owned, axis=2), log_sum)
-    scores = pooled = None
-    if routing is not None:
-        routing = Routing(*jax.tree.map(lambda x: x.astype(dtype), tuple(routing)))
-        pooled = router.pool(routing.keys, document_ids, settings.segment_length, settings.router_blocks)
-        online_logit = routing.online_logit
-        if online_logit is None:
-            online_logit = router.running_mean_logit(routing.u, routing.keys, settings.segment_length)
-        scores = Scores(router.score(routing.u, pooled), online_logit)
-    gates = None
-    if AGGREGATIONS[settings.aggregation].gates is not None:
-        eligible = segments.eligible(document_ids, batch, length, settings.segment_length)
-        gates = keep(choose(settings, scores, eligible, cached, top_k))
-    mixable = _mixable(settings, memory)
-    if mixable is None:
-        y = combine(memory, q, run.reads, gates, run.segment_states, settings.segment_length)
-    else:
-        assert isinstance(gates, Gates)
-        y = mixable.run_mixed(q, k, v, coefficients, layout, *gates, run.segment_states)
-    if gates is not None:
-        y = keep(y)
-    if lengths is None:
-        lengths = jnp.full((batch,), length, jnp.int32)
-    if document_ids is None:
-        document_ids = jnp.zeros((batch, length), jnp.int32)
-    cache = cache_after(
-        lengths,
-        online=run.final,
-        cached=cached,
-        pooled=pooled,
-        routing=routing,
-        log_retention=log_retention,
-        document_ids=document_ids,
-        initial=initial_state,
-        settings=settings,
-    )
-    return Output(y.astype(v.dtype), gates, cache)
-
-
 def decode(
     q: jax.Array,
     k: jax.Array,
@@ -245,9 +139,9 @@ def decode(
     if not isinstance(cache.count, jax.core.Tracer):
         cache.check()
     settings = cache.settings
-    memory = _memory(settings, coefficients, cache.online.weights)
+    memory = memory_of(settings, coefficients, cache.online.weights)
     dtype = cache.cached.tokens.dtype
-    log_retention = _log_retention(settings, coefficients, k.shape[:2], dtype)
+    log_retention = log_retention_of(settings, coefficients, k.shape[:2], dtype)
     scores = router_key = None
     if routing is not None:
         routing = Routing(*jax.tree.map(lambda x: x.astype(dtype), tuple(routing)))
@@ -266,7 +160,7 @@ def decode(
     gates = None
     if AGGREGATIONS[settings.aggregation].gates is not None:
         gates = _choose_cached(cache, scores)
-    mixable, appended = _mixable(settings, memory), None
+    mixable, appended = mixable_of(settings, memory), None
     if isinstance(gates, Selection) and isinstance(memory, DecodableMemory) and cache.storage.is_plain:
         place, write = cache.next_place()
         y, online, appended = memory.decode(
@@ -321,28 +215,3 @@ def _fetch(cache: Cache, gates: Gates | Selection | None, dtype: jnp.dtype) -> t
         gates = Gates(gates.online, gates.cached)
     # Few enough that all are selected, if they lie in the host's memory.
     return gates, unpack(to_place(states, Storage()), dtype)
-
-
-def _memory(settings: Settings, coefficients: Coefficients, weights: Weights | None) -> Memory:
-    memory = memory_for(settings.memory, weights)
-    for name, value in coefficients._asdict().items():
-        if value is not None and name not in memory.coefficients:
-            known = ", ".join(memory.coefficients)
-            raise ValueError(f"{name} has no effect on memory {settings.memory!r}, which has {known}")
-    return memory
-
-
-def _mixable(settings: Settings, memory: Memory) -> MixableMemory | None:
-    """The memory, where the aggregation mixes weights and that is not the same as mixing reads."""
-    mixes = AGGREGATIONS[settings.aggregation].mixes_weights
-    return memory if mixes and isinstance(memory, MixableMemory) else None
-
-
-def _log_retention(settings, coefficients: Coefficients, shape, dtype) -> jax.Array | None:
-    """Log a where segments are merged into groups, which needs their decays."""
-    if settings.segmentation == "constant" or settings.segment_init == "checkpoint":
-        return None
-    if coefficients.retention is None:
-        return jnp.zeros(shape, dtype)
-    retention = coefficients.retention.astype(dtype)
-    return jnp.log(jnp.maximum(retention, jnp.finfo(dtype).tiny))

@@ -21,22 +21,19 @@ class Pooled(NamedTuple):
     """In each mean [B, S, P], of the same dtype; 0 where a block has none."""
 
 
-def pool(
-    router_keys: jax.Array, document_ids: jax.Array | None, segment_length: int, blocks: int = 1
-) -> Pooled:
+def pool(router_keys: jax.Array, document_ids: jax.Array, segment_length: int, blocks: int = 1) -> Pooled:
     """Mean router keys of the segments' equal blocks (MC eq. 16; one block: the paper's).
 
     The mean, where the paper prints a sum: a sum of hundreds of unit keys makes the softmax one-hot.
 
     Args:
       router_keys: [batch, length, heads, router_dim].
-      document_ids: [batch, length] or None; only the last document in a segment is pooled.
+      document_ids: [batch, length]; only the last document in a segment is pooled.
       segment_length: tokens in a segment.
       blocks: parts of a segment; divides segment_length.
     """
-    batch, length = router_keys.shape[:2]
-    owned = segments.owned(document_ids, batch, length, segment_length)
-    owned = owned.reshape(batch, owned.shape[1], blocks, -1).astype(router_keys.dtype)
+    owned = segments.owned(document_ids, segment_length)
+    owned = owned.reshape(owned.shape[0], owned.shape[1], blocks, -1).astype(router_keys.dtype)
     keys_BSLHR = segments.split(router_keys, segment_length)
     keys_BSPLHR = keys_BSLHR.reshape(*owned.shape, *keys_BSLHR.shape[3:])
     tokens = jnp.sum(owned, axis=3)

@@ -34,13 +34,11 @@ def segment_documents(document_ids: jax.Array, segment_length: int) -> jax.Array
     return document_ids[:, jnp.minimum(ends, length - 1)]
 
 
-def owned(document_ids: jax.Array | None, batch: int, length: int, segment_length: int) -> jax.Array:
+def owned(document_ids: jax.Array, segment_length: int) -> jax.Array:
     """Tokens that count for their segment's cached state [batch, segments, segment_length], bool.
 
     A segment's state and pooled key belong to the last document in it (MATH.md section 2).
     """
-    if document_ids is None:
-        document_ids = jnp.zeros((batch, length), jnp.int32)
     # Ids are shifted by one, so that the padding past the row's end belongs to no document.
     return (
         split(document_ids + 1, segment_length)
@@ -48,14 +46,17 @@ def owned(document_ids: jax.Array | None, batch: int, length: int, segment_lengt
     )
 
 
-def eligible(document_ids: jax.Array | None, batch: int, length: int, segment_length: int) -> jax.Array:
-    """Which segments a token may read [batch, length, segments], bool: completed ones of its document."""
-    own_segment = jnp.arange(length, dtype=jnp.int32) // segment_length
-    segments = jnp.arange(num_segments(length, segment_length), dtype=jnp.int32)
-    completed = jnp.broadcast_to(
-        (segments[None, :] < own_segment[:, None])[None], (batch, length, segments.size)
-    )
-    if document_ids is None:
-        return completed
-    same = document_ids[:, :, None] == segment_documents(document_ids, segment_length)[:, None, :]
-    return completed & same
+def eligible(
+    document_ids: jax.Array, owners: jax.Array, segment_length: int, first_segment: jax.Array | int = 0
+) -> jax.Array:
+    """Which segments a token may read [batch, length, segments], bool: completed ones of its document.
+
+    Args:
+      document_ids: of the tokens [batch, length], numbered along the whole row.
+      owners: of all segments of the row [batch, segments], as `segment_documents` has them.
+      segment_length: tokens in a segment.
+      first_segment: the one that the tokens begin.
+    """
+    own_segment = first_segment + jnp.arange(document_ids.shape[1], dtype=jnp.int32) // segment_length
+    completed = jnp.arange(owners.shape[1], dtype=jnp.int32)[None, :] < own_segment[:, None]
+    return completed[None] & (document_ids[:, :, None] == owners[:, None, :])

@@ -118,12 +118,15 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """The devices of training: their number is replica x fsdp x tensor, and no result depends on it."""
+    """The devices of training, replica x fsdp x sequence x tensor of them; no result depends on it."""
 
     replica: int = -1
     """Copies of weights and optimizer state, which split a batch; -1: one a slice, or what fsdp leaves."""
     fsdp: int = -1
     """Devices that split a batch, and weights and optimizer state among them; -1: all that are left."""
+    sequence: int = 1
+    """Devices that split a row's tokens: each has a run of whole segments, so that sequence x segment_length
+    must divide context_length. States and pooled keys go between them; of attention, all keys and values."""
     tensor: int = 1
     """Devices that split the heads and MLPs of a row's model; must divide num_heads and mlp_dim."""
 

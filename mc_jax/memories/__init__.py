@@ -1,6 +1,7 @@
 """The recurrences, by name. A new memory is one file here and one entry in `MEMORIES`."""
 
 from mc_jax.memories._interface import (
+    AffineMemory,
     Coefficients,
     DecodableMemory,
     Family,
@@ -8,6 +9,7 @@ from mc_jax.memories._interface import (
     Memory,
     MemoryRun,
     MixableMemory,
+    Response,
 )
 from mc_jax.memories.delta import DELTA
 from mc_jax.memories.dla import DLA
@@ -41,6 +43,7 @@ def memory_for(name: str, weights: Weights | None) -> Memory:
 
 __all__ = [
     "MEMORIES",
+    "AffineMemory",
     "Coefficients",
     "DecodableMemory",
     "Family",
@@ -48,5 +51,6 @@ __all__ = [
     "Memory",
     "MemoryRun",
     "MixableMemory",
+    "Response",
     "memory_for",
 ]

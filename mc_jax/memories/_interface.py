@@ -38,6 +38,9 @@ class Layout:
     """[B, T]; None: one document a row."""
     lengths: jax.Array | None
     """[B]: tokens at and past it are not written; None: all are."""
+    start: OnlineState | None = None
+    """What the first token goes on from, at a segment's start; documents still start from the initial state.
+    None: that too."""
 
     def arguments(self) -> dict[str, Any]:
         """The fields as keyword arguments of an op."""
@@ -53,6 +56,16 @@ class MemoryRun(NamedTuple):
     """The state at each segment's end [B, S, H, ...]."""
     final: OnlineState
     """All that is needed to go on with the next token."""
+
+
+class Response(NamedTuple):
+    """How a run changes with the matrix that it starts from, were that another one by dM [B, H, K, V]."""
+
+    queries: jax.Array
+    """[B, T, H, K] in q's dtype: a token's read changes by queries_t dM."""
+    states: jax.Array
+    """[B, S, H, K, K], or numbers [B, S, H] that stand for multiples of the identity: a state changes by
+    states_s dM."""
 
 
 class Memory(Protocol):
@@ -115,8 +128,12 @@ class MixableMemory(Memory, Protocol):
         online_gate: jax.Array,
         gates: jax.Array,
         states: Weights,
+        segment_length: int | None,
     ) -> jax.Array:
-        """Query, for each token, the memory whose weights are the gated sum of online and cached ones."""
+        """Query, for each token, the memory whose weights are the gated sum of online and cached ones.
+
+        A `segment_length` promises what it does for `read`.
+        """
         ...
 
     def step_mixed(
@@ -132,6 +149,31 @@ class MixableMemory(Memory, Protocol):
         states: Weights,
     ) -> tuple[jax.Array, OnlineState]:
         """The same for one token a row: gates [B, H, N]."""
+        ...
+
+
+@runtime_checkable
+class AffineMemory(Memory, Protocol):
+    """A memory whose reads and states are affine in the matrix that a run starts from.
+
+    A run of it need not wait for that matrix.
+    """
+
+    def run_with_response(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        coefficients: Coefficients,
+        layout: Layout,
+        goes_on: jax.Array,
+        previous: tuple[jax.Array, jax.Array],
+    ) -> tuple[MemoryRun, Response]:
+        """As `run` over whole segments, with the response to another start than the initial state.
+
+        Tokens that go on with the document of the token before the first [B, T], bool, alone respond;
+        `previous` is that token's key [B, H, K] and value [B, H, V], for a memory that writes it again.
+        """
         ...
 
 

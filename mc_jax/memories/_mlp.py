@@ -61,6 +61,7 @@ class MlpMemory:
         online_gate: jax.Array,
         gates: jax.Array,
         states: Weights,
+        segment_length: int | None,
     ) -> jax.Array:
         """Mix layer by layer, so that no weights are built per token (MC eq. 14-15).
 
@@ -68,7 +69,7 @@ class MlpMemory:
         time: the first time gave the states that are mixed in here.
         """
         w_in, w_out = states
-        cached = gated_state_read(q, gates, w_in, segment_length=layout.segment_length)
+        cached = gated_state_read(q, gates, w_in, segment_length=segment_length)
         found: Any = deep_memory(
             q,
             k,
@@ -80,7 +81,7 @@ class MlpMemory:
             **layout.arguments(),
         )
         branch, hidden = found[0], found[-1]
-        cached = gated_state_read(hidden, gates, w_out, segment_length=layout.segment_length)
+        cached = gated_state_read(hidden, gates, w_out, segment_length=segment_length)
         return q + branch + cached
 
     def step_mixed(

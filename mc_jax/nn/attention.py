@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_jax.nn.mixer import Dtype
+from mc_jax.parallel import constrain
 from mc_jax.parallel.attention import attend
 from pallas_kernels._kept import keep
 
@@ -30,7 +31,11 @@ class AttentionCache:
 
 
 class Attention(nnx.Module):
-    """Global, or sliding-window, attention [B, T, D] -> [B, T, D]."""
+    """Global, or sliding-window, attention [B, T, D] -> [B, T, D].
+
+    Where devices share a row, each has the queries of its own tokens, and gathers the keys and values of all:
+    unlike a memory, attention moves every key and value between devices.
+    """
 
     def __init__(self, model_dim: int, *, num_heads: int, window: int | None, dtype: Dtype, rngs: nnx.Rngs):
         """Draw the weights; `window` counts the tokens seen, a token's own included; None: all."""
@@ -46,7 +51,10 @@ class Attention(nnx.Module):
         self, x: jax.Array, document_ids: jax.Array | None = None, top_k: jax.Array | None = None
     ) -> tuple[jax.Array, None]:
         """Mix tokens x [B, T, D]; packed documents [B, T] do not see each other. There are no gates."""
-        return self._attend(x, *self._rotated(x), document_ids), None
+        q, k, v = self._rotated(x)
+        q = constrain(q, "batch", "tokens", "heads")
+        k, v = (constrain(part, "batch", None, "heads") for part in (k, v))
+        return self._attend(x, q, k, v, document_ids), None
 
     def prefill(self, x: jax.Array, lengths: jax.Array, max_length: int) -> tuple[jax.Array, AttentionCache]:
         """As `apply`, and the cache to go on with, up to `max_length` tokens a row."""

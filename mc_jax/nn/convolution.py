@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mc_jax.parallel.halo import with_tokens_before
+
 
 class ShortConvolution(nnx.Module):
     """y_t = sum_j kernel[j] * x_{t-j}, over the token's own document."""
@@ -21,15 +23,7 @@ class ShortConvolution(nnx.Module):
     def __call__(self, x: jax.Array, document_ids: jax.Array | None = None) -> jax.Array:
         """Convolve x [B, T, D]; document_ids [B, T] or None."""
         taps = self.taps[...].astype(self.dtype)
-        y = taps[0][None, None] * x
-        for distance in range(1, min(taps.shape[0], x.shape[1])):
-            shifted = jnp.pad(x, ((0, 0), (distance, 0), (0, 0)))[:, : x.shape[1]]
-            if document_ids is not None:
-                same = document_ids[:, distance:] == document_ids[:, :-distance]
-                same = jnp.pad(same, ((0, 0), (distance, 0)))
-                shifted = jnp.where(same[..., None], shifted, jnp.zeros((), x.dtype))
-            y = y + taps[distance][None, None] * shifted
-        return y
+        return with_tokens_before(_convolve, taps.shape[0] - 1, (x, document_ids), taps)
 
     def tail(self, x: jax.Array, lengths: jax.Array, document_ids: jax.Array | None = None) -> jax.Array:
         """The last W - 1 inputs of each row [B, W - 1, D], oldest first, zeros before its document."""
@@ -47,3 +41,17 @@ class ShortConvolution(nnx.Module):
         window = jnp.concatenate([tail, x[:, None]], axis=1)
         taps = self.taps[...].astype(self.dtype)
         return jnp.einsum("bwd,wd->bd", window, taps[::-1]), window[:, 1:]
+
+
+def _convolve(tokens: tuple[jax.Array, jax.Array | None], taps: jax.Array) -> jax.Array:
+    """Sum taps [W, D] times x [B, T, D] and earlier tokens of the document in [B, T]."""
+    x, document_ids = tokens
+    y = taps[0][None, None] * x
+    for distance in range(1, min(taps.shape[0], x.shape[1])):
+        shifted = jnp.pad(x, ((0, 0), (distance, 0), (0, 0)))[:, : x.shape[1]]
+        if document_ids is not None:
+            same = document_ids[:, distance:] == document_ids[:, :-distance]
+            same = jnp.pad(same, ((0, 0), (distance, 0)))
+            shifted = jnp.where(same[..., None], shifted, jnp.zeros((), x.dtype))
+        y = y + taps[distance][None, None] * shifted
+    return y

@@ -54,7 +54,7 @@ class LanguageModel(nnx.Module):
         """
         x = self.features(tokens, document_ids, top_k)
         logits = jnp.einsum("btd,vd->btv", x, self.output_map.astype(self.dtype))
-        return constrain(logits.astype(jnp.float32), "batch")
+        return constrain(logits.astype(jnp.float32), "batch", "tokens")
 
     def features(
         self,
@@ -70,9 +70,9 @@ class LanguageModel(nnx.Module):
         """
 
         def apply(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return constrain(block(x, document_ids, top_k)[0], "batch"), None
+            return constrain(block(x, document_ids, top_k)[0], "batch", "tokens"), None
 
-        x, _ = self._scan(apply, constrain(self._embed(tokens), "batch"), remat=remat)
+        x, _ = self._scan(apply, constrain(self._embed(tokens), "batch", "tokens"), remat=remat)
         return self.norm(x)
 
     @property

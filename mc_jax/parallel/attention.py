@@ -23,7 +23,8 @@ def attend(
 ) -> jax.Array:
     """Softmax attention of tokens to themselves and earlier ones [B, T, H, K], in q's dtype.
 
-    On a TPU, for rows of whole blocks of 128 tokens, no T x T logits are ever held.
+    On a TPU, for rows of whole blocks of 128 tokens, no T x T logits are ever held, but where devices share
+    rows.
 
     Args:
       q: queries [B, T, H, K], which are scaled here by 1 / sqrt(K).
@@ -32,7 +33,8 @@ def attend(
       document_ids: [B, T]; packed documents do not see each other. None: one document a row.
       window: tokens that a token sees, its own included; None: all.
     """
-    if not on_tpu(q) or q.shape[1] % _LANES:
+    shares_rows = is_sharded() and len(spec("tokens")) > 0
+    if not on_tpu(q) or q.shape[1] % _LANES or shares_rows:
         return _xla(q, k, v, document_ids, window)
     run = functools.partial(_splash, window)
     if is_sharded():

@@ -20,7 +20,7 @@ from pallas_kernels._state import state_dtype
 # Of a chunk's logits on a device. Backwards each chunk is added to the gradient of the whole map: with fewer
 # tokens than these (2,048 at 32,768 logits) that traffic would take longer than the products on a TPU v6e.
 _CHUNK_BYTES = 2**28
-_TOKENS = ("batch",)
+_TOKENS = ("batch", "tokens")
 
 
 def cross_entropy(x: jax.Array, output_map: jax.Array, targets: jax.Array) -> jax.Array:

@@ -1,4 +1,7 @@
-"""The functional core on a mesh: each device runs its own rows and heads, and needs nothing of the others.
+"""The functional core on a mesh: each device runs its own rows, tokens and heads.
+
+Rows and heads need nothing of each other. Devices that share a row exchange states, and never keys and values
+(`mc_jax.caching.neighbours`).
 
 Shapes: B batch, T tokens, H heads, K key dim, V value dim.
 """
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 from mc_jax import caching
 from mc_jax.caching.aggregations import Gates, Selection
 from mc_jax.memories import Coefficients
-from mc_jax.parallel.rules import is_sharded, spec
+from mc_jax.parallel.rules import RULES, is_sharded, size_of, whole_spec
 from pallas_kernels._state import Weights
 
 
@@ -41,10 +44,21 @@ def forward(
       document_ids: [B, T].
       initial_state: [H, ...], the same for all rows.
       top_k: a traced scalar.
+
+    Raises:
+      ValueError: T tokens that the mesh does not cut into runs of whole segments.
     """
+    devices = size_of("tokens")
+    neighbours = caching.Neighbours(*RULES.tokens) if devices > 1 else None
+    if q.shape[1] % (devices * settings.segment_length) and neighbours is not None:
+        raise ValueError(
+            f"rows of {q.shape[1]} tokens are not {devices} runs of whole segments of "
+            f"{settings.segment_length}; pad them to a multiple of {devices * settings.segment_length}, "
+            "or set mesh.sequence to 1"
+        )
 
     def run(q, k, v, routing, coefficients, document_ids, initial_state, top_k) -> tuple[jax.Array, Any]:
-        output = caching.forward(
+        return caching.forward_shared(
             q,
             k,
             v,
@@ -54,8 +68,8 @@ def forward(
             document_ids=document_ids,
             initial_state=initial_state,
             top_k=top_k,
+            neighbours=neighbours,
         )
-        return output.y, output.gates
 
     arguments = (q, k, v, routing, coefficients, document_ids, initial_state, top_k)
     if not is_sharded():
@@ -67,10 +81,11 @@ def forward(
         heads = y.shape[2]
         return y, jax.tree.map(lambda x: jnp.broadcast_to(x, (*x.shape[:2], heads, *x.shape[3:])), gates)
 
-    per_head = spec("batch", None, "heads")
+    # All axes are named, those of one device too: over an axis that is not, gradients would be summed.
+    per_head = whole_spec("batch", "tokens", "heads")
     return jax.shard_map(
         run_part,
-        in_specs=(*[per_head] * 5, spec("batch"), spec("heads"), jax.P()),
+        in_specs=(*[per_head] * 5, whole_spec("batch", "tokens"), whole_spec("heads"), jax.P()),
         out_specs=per_head,
         # Results of kernels do not tell over which axes they vary; here all do over all that matter.
         check_vma=False,

@@ -9,8 +9,8 @@ from jax.sharding import AxisType
 
 from mc_jax.config import Config, MeshConfig
 
-AXES = ("replica", "fsdp", "tensor")
-"""From the slowest links to the fastest: of copies of the state, of its parts, of heads."""
+AXES = ("replica", "fsdp", "sequence", "tensor")
+"""From the slowest links to the fastest: of copies of the state, of its parts, of tokens, of heads."""
 
 
 def make_mesh(sizes: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -28,21 +28,21 @@ def make_mesh(sizes: MeshConfig, devices: Sequence[jax.Device] | None = None) ->
     devices = jax.devices() if devices is None else list(devices)
     # Devices that are in no slice, as a CPU, are in one.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    replica, fsdp, tensor = _filled(sizes, len(devices), slices)
+    replica, *others = _filled(sizes, len(devices), slices)
     if slices == 1:
-        grid = mesh_utils.create_device_mesh((replica, fsdp, tensor), devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh((replica, *others), devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_hybrid_device_mesh(
-            (replica // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
+            (replica // slices, *others), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
         )
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def must_fit(mesh: jax.sharding.Mesh, config: Config) -> None:
-    """See that each device gets as many rows, heads and weights as any other.
+    """See that each device gets as many rows, tokens, heads and weights as any other.
 
     Raises:
-      ValueError: a size that does not divide what lies along its axis.
+      ValueError: a size that does not divide what lies along its axis, or a run of tokens that is too short.
     """
     model, training = config.model, config.training
     size = dict(mesh.shape)
@@ -65,23 +65,48 @@ def must_fit(mesh: jax.sharding.Mesh, config: Config) -> None:
                 f"mesh.{axis} {size[axis]} does not divide {name} {value}; "
                 f"set mesh.{axis} to {math.gcd(value, size[axis])} and {cure}"
             )
+    _tokens_must_fit(size["sequence"], config)
 
 
-def _filled(sizes: MeshConfig, devices: int, slices: int) -> tuple[int, int, int]:
-    """Replica, fsdp, tensor."""
-    replica, fsdp, tensor = sizes.replica, sizes.fsdp, sizes.tensor
+def _tokens_must_fit(devices: int, config: Config) -> None:
+    """See that each of the devices that share a row has a run of whole segments of it."""
+    model, length = config.model, config.data.context_length
+    unit, what = 1, "tokens"
+    if "memory" in model.layer_pattern:
+        unit, what = model.segment_length, f"whole segments of model.segment_length {model.segment_length}"
+    if devices == 1:
+        return
+    if length % (devices * unit):
+        fits = math.gcd(length // unit, devices) if length % unit == 0 else 1
+        raise ValueError(
+            f"data.context_length {length} cannot be cut into mesh.sequence {devices} equal runs of {what}; "
+            f"set data.context_length to {-(-length // (devices * unit)) * devices * unit}, or mesh.sequence "
+            f"to {fits} and mesh.fsdp to -1, which takes the rest"
+        )
+    if "memory" in model.layer_pattern and length // devices < model.convolution_width - 1:
+        raise ValueError(
+            f"the {length // devices} tokens of a device, data.context_length {length} over mesh.sequence "
+            f"{devices}, are fewer than the {model.convolution_width - 1} before a token that the "
+            "convolution sees; set model.convolution_width lower, or data.context_length higher"
+        )
+
+
+def _filled(sizes: MeshConfig, devices: int, slices: int) -> tuple[int, int, int, int]:
+    """Replica, fsdp, sequence, tensor."""
+    replica, fsdp, within = sizes.replica, sizes.fsdp, sizes.sequence * sizes.tensor
     if replica == fsdp == -1:
         replica = slices
-    left = max(1, devices // math.prod(size for size in (replica, fsdp, tensor) if size != -1))
+    left = max(1, devices // math.prod(size for size in (replica, fsdp, within) if size != -1))
     replica, fsdp = (left if size == -1 else size for size in (replica, fsdp))
-    if replica * fsdp * tensor != devices:
+    if replica * fsdp * within != devices:
         raise ValueError(
-            f"mesh.replica {replica} x mesh.fsdp {fsdp} x mesh.tensor {tensor} is {replica * fsdp * tensor} "
-            f"devices and there are {devices}; set mesh.fsdp to -1, which takes the rest, "
-            f"and the others to numbers whose product divides {devices}"
+            f"mesh.replica {replica} x mesh.fsdp {fsdp} x mesh.sequence {sizes.sequence} x mesh.tensor "
+            f"{sizes.tensor} is {replica * fsdp * within} devices and there are {devices}; "
+            "set mesh.fsdp to -1, which takes the rest, and the others to numbers whose product divides "
+            f"{devices}"
         )
     if replica % slices:
         raise ValueError(
             f"mesh.replica {replica} cannot be spread over {slices} slices; set it to a multiple of {slices}"
         )
-    return replica, fsdp, tensor
+    return replica, fsdp, sizes.sequence, sizes.tensor

@@ -5,6 +5,7 @@ has any effect.
 """
 
 import dataclasses
+import math
 
 import jax
 
@@ -17,6 +18,8 @@ class Rules:
 
     batch: tuple[str, ...] = ("replica", "fsdp")
     """Rows."""
+    tokens: tuple[str, ...] = ("sequence",)
+    """Tokens of a row, by runs of whole segments."""
     model: tuple[str, ...] = ("fsdp",)
     """Of parameters, the width of the residual stream; activations have it whole."""
     heads: tuple[str, ...] = ("tensor",)
@@ -47,9 +50,20 @@ def spec(*names: str | None) -> jax.P:
     return jax.P(*(None if not some else some[0] if len(some) == 1 else some for some in axes))
 
 
+def whole_spec(*names: str | None) -> jax.P:
+    """As `spec`, with the axes that have one device."""
+    return jax.P(*(axes_of(name) for name in names))
+
+
 def axes_of(name: str | None) -> tuple[str, ...]:
     """The axes of the mesh that a dimension lies over."""
     return () if name is None else getattr(RULES, name)
+
+
+def size_of(name: str) -> int:
+    """Devices that a dimension lies over; 1 without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in axes_of(name)) if has_mesh() else 1
 
 
 def has_mesh() -> bool:

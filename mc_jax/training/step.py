@@ -85,7 +85,7 @@ def make_step(
             parts = jax.tree.map(
                 lambda x: jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1), batch
             )
-            parts = jax.tree.map(lambda x: constrain(x, None, "batch"), parts)
+            parts = jax.tree.map(lambda x: constrain(x, None, "batch", "tokens"), parts)
 
             def accumulate(total, part):
                 return jax.tree.map(jnp.add, total, value_and_grad(state.parameters, part)), None

@@ -36,6 +36,7 @@ def chunk_memory(
     segment_length: int,
     segment_init: str = "checkpoint",
     initial_state: jax.Array | None = None,
+    start: OnlineState | None = None,
     chunk_length: int = 64,
     document_ids: jax.Array | None = None,
     lengths: jax.Array | None = None,
@@ -64,6 +65,9 @@ def chunk_memory(
       segment_init: "checkpoint", a segment goes on from the last one's state; "independent", every segment
         starts from the initial state, without momentum or a token before.
       initial_state: [H, K, V] or [B, H, K, V]; None is zero.
+      start: what the first token goes on from, as returned for earlier tokens that ended with a segment; its
+        anchor is not used. None: the initial state, from which documents start in any case. Not with
+        independent segments. There is no "tpu" for it.
       chunk_length: tokens that are worked on together; divides segment_length. For titans also where
         gradients are taken, for the other rules without influence on the result.
       document_ids: [B, T] integers that do not decrease along a row: where they change, the memory starts
@@ -103,12 +107,18 @@ def chunk_memory(
         if coefficient is not None and rule != owner:
             raise ValueError(f"{name} means nothing to rule {rule!r}; leave it out, or choose rule {owner!r}")
     _check_shapes(q, k, v, (retention, momentum, step, previous_step), initial_state, document_ids, lengths)
+    _check_start(start, q, v, rule, segment_init)
     if implementation is None:
-        kernel = on_tpu(q) and tpu.has_kernel(
-            q, v, rule=rule, segment_length=segment_length, chunk_length=chunk_length
+        kernel = (
+            start is None
+            and on_tpu(q)
+            and tpu.has_kernel(q, v, rule=rule, segment_length=segment_length, chunk_length=chunk_length)
         )
         side_by_side = platform() == "gpu" and gpu.is_best(q, rule)
         implementation = "tpu" if kernel else "gpu" if side_by_side else "xla"
+    if implementation == "tpu" and start is not None:
+        raise ValueError("no kernel for TPUs goes on from a start; leave implementation out, or choose 'xla'")
+    further = {} if implementation == "tpu" else {"start": start}
     return _IMPLEMENTATIONS[implementation](
         q,
         k,
@@ -124,7 +134,25 @@ def chunk_memory(
         chunk_length=chunk_length,
         document_ids=document_ids,
         lengths=None if lengths is None else lengths.astype(jnp.int32),
+        **further,
     )
+
+
+def _check_start(start: OnlineState | None, q, v, rule: str, segment_init: str) -> None:
+    if start is None:
+        return
+    if segment_init == "independent":
+        raise ValueError("independent segments go on from nothing; leave start out")
+    batch, _, heads, key_dim = q.shape
+    shape = (batch, heads, key_dim, v.shape[-1])
+    momentum = start.momentum if rule == "titans" else start.weights
+    for name, x in (("weights", start.weights), ("momentum", momentum)):
+        if isinstance(x, tuple) or x is None or x.shape != shape:
+            raise ValueError(
+                f"start's {name} is not one array {shape}; pass what a call with {rule!r} returned"
+            )
+    if rule == "swla" and start.previous is None:
+        raise ValueError("start has no previous token; pass what a call with 'swla' returned")
 
 
 def _check_shapes(q, k, v, coefficients, initial_state, document_ids, lengths) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels._state import (
     OnlineState,
     batch_weights,
+    go_on,
     initial_online_state,
     select_rows,
     state_dtype,
@@ -31,6 +32,7 @@ def chunk_memory(
     segment_length: int,
     segment_init: str,
     initial_state: jax.Array | None,
+    start: OnlineState | None,
     chunk_length: int,
     document_ids: jax.Array | None,
     lengths: jax.Array | None,
@@ -40,12 +42,13 @@ def chunk_memory(
     dtype = state_dtype(q)
     if initial_state is None:
         initial_state = jnp.zeros((heads, key_dim, v.shape[-1]), dtype)
-    start = initial_online_state(
+    initial = initial_online_state(
         batch_weights(initial_state, batch, dtype),
         momentum=rule == "titans",
         anchor=rule == "titans",
         previous=rule == "swla",
     )
+    begin = initial if start is None else go_on(start, initial)
     if lengths is None:
         lengths = jnp.full((batch,), tokens, jnp.int32)
 
@@ -65,7 +68,7 @@ def chunk_memory(
     def token(carry, inputs):
         state, final = carry
         (q, k, v, coefficients), valid, reset, chunk_start = inputs
-        state = select_rows(reset, start, state)
+        state = select_rows(reset, initial, state)
         read, written = memory_step(
             state, q, k, v, rule=rule, chunk_start=jnp.broadcast_to(chunk_start, valid.shape), **coefficients
         )
@@ -88,7 +91,7 @@ def chunk_memory(
     per_token = jax.tree.map(lambda x: _pad(x, segments * segment_length), (q, k, v, coefficients))
     by_segment = jax.tree.map(cut, (per_token, valid, reset))
     inputs = (*by_segment, chunk_start.reshape(segments, segment_length))
-    (_, final), (reads, states) = jax.lax.scan(segment, (start, start), inputs)
+    (_, final), (reads, states) = jax.lax.scan(segment, (begin, begin), inputs)
     if final.anchor is not None:
         anchor = select_rows(lengths % chunk_length == 0, final.weights, final.anchor)
         final = OnlineState(weights=final.weights, momentum=final.momentum, anchor=anchor)

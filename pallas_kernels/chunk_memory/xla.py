@@ -16,6 +16,7 @@ from pallas_kernels._kept import keep
 from pallas_kernels._state import (
     OnlineState,
     batch_weights,
+    go_on,
     initial_online_state,
     last_token,
     select_rows,
@@ -50,6 +51,7 @@ def chunk_memory(
     segment_length: int,
     segment_init: str,
     initial_state: jax.Array | None,
+    start: OnlineState | None,
     chunk_length: int,
     document_ids: jax.Array | None,
     lengths: jax.Array | None,
@@ -72,6 +74,7 @@ def chunk_memory(
         segment_length=segment_length,
         independent=segment_init == "independent",
         initial_state=initial_state,
+        start=start,
         chunk_length=chunk_length,
         document_ids=document_ids,
         lengths=lengths,
@@ -90,6 +93,7 @@ def run(
     segment_length: int,
     independent: bool,
     initial_state: jax.Array | None,
+    start: OnlineState | None,
     chunk_length: int,
     document_ids: jax.Array | None,
     lengths: jax.Array | None,
@@ -123,9 +127,11 @@ def run(
     initial = batch_weights(initial_state, batch, dtype)
     if independent:
         initial = jax.tree.map(lambda x: jnp.repeat(x, grid.segments, axis=0), initial)
-    start = initial_online_state(
+    begin = initial_online_state(
         initial, momentum=rule == "titans", anchor=rule == "titans", previous=rule == "swla"
     )
+    if start is not None:
+        begin = go_on(start, begin)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def run_piece(state: OnlineState, tokens: Tokens):
@@ -135,7 +141,7 @@ def run(
     def piece(state: OnlineState, tokens: Tokens):
         return run_piece(state if independent else keep(state), tokens)
 
-    final, (reads, states) = jax.lax.scan(piece, start, tokens)
+    final, (reads, states) = jax.lax.scan(piece, begin, tokens)
     reads = grid.join(reads, independent)[:, :count]
     # Rows first, then pieces and their segments.
     states = (states if independent else states.swapaxes(0, 1)).reshape(batch, -1, *states.shape[3:])

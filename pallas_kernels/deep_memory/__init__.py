@@ -34,6 +34,7 @@ def deep_memory(
     segment_length: int,
     segment_init: str = "checkpoint",
     initial_state: tuple[jax.Array, jax.Array] | None,
+    start: OnlineState | None = None,
     chunk_length: int = 64,
     document_ids: jax.Array | None = None,
     lengths: jax.Array | None = None,
@@ -67,6 +68,9 @@ def deep_memory(
         every segment starts from the initial weights, without momentum.
       initial_state: (W_in [H, K, E], W_out [H, E, V]), either with a leading B too. All-zero weights have
         zero gradients for ever.
+      start: what the first token goes on from, as returned for earlier tokens that ended with a segment; its
+        anchor is not used. None: the initial weights, from which documents start in any case. Not with
+        independent segments. There is no "tpu" for it.
       chunk_length: tokens whose gradients are taken at the same weights; divides segment_length.
       document_ids: [B, T] integers that do not decrease along a row: where they change, the memory starts
         anew from the initial weights. Documents must start at multiples of chunk_length within a segment.
@@ -119,8 +123,10 @@ def deep_memory(
             "hidden_gate": (hidden_gate, ("T", "H")),
         },
     )
+    _check_start(start, q, initial_state, objective, segment_init)
     has_kernel = (
-        hidden_bias is None
+        start is None
+        and hidden_bias is None
         and hidden_gate is None
         and tpu.has_kernel(q, initial_state[0].shape[-1], momentum=objective == "l2")
     )
@@ -128,9 +134,10 @@ def deep_memory(
         implementation = "tpu" if on_tpu(q) and has_kernel else "xla"
     if implementation == "tpu" and not has_kernel:
         raise ValueError(
-            "there is no kernel for TPUs with hidden_bias, hidden_gate, or states too large for the chip's "
-            f"VMEM, here of {initial_state[0].shape}; leave implementation out, or choose 'xla'"
+            "there is no kernel for TPUs with start, hidden_bias, hidden_gate, or states too large for the "
+            f"chip's VMEM, here of {initial_state[0].shape}; leave implementation out, or choose 'xla'"
         )
+    further = {} if implementation == "tpu" else {"start": start}
     branch, states, final, hidden = _IMPLEMENTATIONS[implementation](
         q,
         k,
@@ -147,8 +154,24 @@ def deep_memory(
         lengths=None if lengths is None else lengths.astype(jnp.int32),
         hidden_bias=hidden_bias,
         hidden_gate=hidden_gate,
+        **further,
     )
     return (branch, states, final) if hidden is None else (branch, states, final, hidden)
+
+
+def _check_start(start: OnlineState | None, q, initial_state, objective: str, segment_init: str) -> None:
+    if start is None:
+        return
+    if segment_init == "independent":
+        raise ValueError("independent segments go on from nothing; leave start out")
+    batch, _, heads, _ = q.shape
+    shapes = [(batch, heads, *leaf.shape[-2:]) for leaf in initial_state]
+    momentum = start.momentum if objective == "l2" else start.weights
+    for name, pair in (("weights", start.weights), ("momentum", momentum)):
+        if not isinstance(pair, tuple) or [leaf.shape for leaf in pair] != shapes:
+            raise ValueError(
+                f"start's {name} is not a pair {shapes}; pass what a call with {objective!r} returned"
+            )
 
 
 def _check_shapes(q, initial_state, expected) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels._state import (
     OnlineState,
     batch_weights,
+    go_on,
     initial_online_state,
     select_rows,
     state_dtype,
@@ -28,6 +29,7 @@ def deep_memory(
     segment_length: int,
     segment_init: str,
     initial_state: tuple[jax.Array, jax.Array],
+    start: OnlineState | None,
     chunk_length: int,
     document_ids: jax.Array | None,
     lengths: jax.Array | None,
@@ -37,9 +39,10 @@ def deep_memory(
     """See `pallas_kernels.deep_memory`, which checks the arguments."""
     batch, count, heads = q.shape[:3]
     dtype = state_dtype(q)
-    start = initial_online_state(
+    initial = initial_online_state(
         batch_weights(initial_state, batch, dtype), momentum=objective == "l2", anchor=True
     )
+    begin = initial if start is None else go_on(start, initial)
     soup = hidden_bias is not None or hidden_gate is not None
     hidden_dim = initial_state[0].shape[-1]
 
@@ -61,7 +64,7 @@ def deep_memory(
     def token(carry, inputs):
         state, final = carry
         q, k, v, retention, momentum, step, bias, gate, live, restart, chunk_start = inputs
-        state = select_rows(restart, start, state)
+        state = select_rows(restart, initial, state)
         anchor = jax.tree.map(lambda new, old: jnp.where(chunk_start, new, old), state.weights, state.anchor)
         gradient = _gradient(objective)(anchor, k, v)
         write = jax.tree.map(lambda g: -_per_head(step) * g, gradient)
@@ -97,7 +100,7 @@ def deep_memory(
         restart,
     )
     inputs = (*map(cut, inputs), chunk_start.reshape(segments, segment_length))
-    (_, final), ((branch, hidden), states) = jax.lax.scan(segment, (start, start), inputs)
+    (_, final), ((branch, hidden), states) = jax.lax.scan(segment, (begin, begin), inputs)
     states = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), states)
 
     def join(x: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from pallas_kernels._kept import keep
 from pallas_kernels._state import (
     OnlineState,
     batch_weights,
+    go_on,
     initial_online_state,
     select_rows,
     state_dtype,
@@ -41,6 +42,7 @@ def deep_memory(
     segment_length: int,
     segment_init: str,
     initial_state: tuple[jax.Array, jax.Array],
+    start: OnlineState | None,
     chunk_length: int,
     document_ids: jax.Array | None,
     lengths: jax.Array | None,
@@ -69,17 +71,18 @@ def deep_memory(
     if independent:
         weights = jax.tree.map(lambda x: jnp.repeat(x, grid.segments, axis=0), weights)
     # Without padding the next token always begins a chunk: no anchor need be carried along.
-    start = initial_online_state(weights, momentum=objective == "l2", anchor=padded)
+    initial = initial_online_state(weights, momentum=objective == "l2", anchor=padded)
+    begin = initial if start is None else go_on(start, initial)
 
     def segment(state: OnlineState, tokens: Tokens):
-        run = functools.partial(run_chunks, objective=objective, initial=start)
+        run = functools.partial(run_chunks, objective=objective, initial=initial)
         chunks = jax.tree.map(_chunks_first, tokens)
         if chunks.restart is not None:
             chunks = dataclasses.replace(chunks, restart=chunks.restart[:, :, 0, 0])
         state, outputs = _run_in_blocks(run, state, chunks)
         return state, (jax.tree.map(_chunks_last, outputs), state.weights)
 
-    final, ((branch, hidden), states) = jax.lax.scan(segment, start, tokens)
+    final, ((branch, hidden), states) = jax.lax.scan(segment, begin, tokens)
     branch, hidden = jax.tree.map(lambda x: grid.join(x, independent)[:, :count], (branch, hidden))
     if independent:
         states = jax.tree.map(lambda x: x.reshape(batch, grid.segments, *x.shape[2:]), states)

@@ -349,3 +349,47 @@ def test_what_does_not_fit_is_refused_with_a_cure(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         chunk_memory(**(settings | change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("rule", "implementation"),
+    [("linear", "xla"), ("swla", "xla"), ("swla", "reference"), ("titans", "xla"), ("titans", "reference")],
+)
+def test_a_run_that_goes_on_from_a_state_is_the_rest_of_the_whole_run(rule, implementation):
+    arguments, ids = make(rule), documents(rule)
+    settings = {"rule": rule, "segment_length": SEGMENT, "chunk_length": CHUNK}
+    run = functools.partial(chunk_memory, **settings, implementation=implementation)
+
+    def part(tokens: slice) -> dict:
+        initial = arguments["initial_state"]
+        cut = {name: x[:, tokens] for name, x in arguments.items() if name != "initial_state"}
+        return {**cut, "initial_state": initial, "document_ids": ids[:, tokens]}
+
+    # Both rows go on with a document, and one starts anew later.
+    middle = 2 * SEGMENT if rule != "titans" else SEGMENT
+    ids = jnp.where(jnp.arange(TOKENS)[None] == middle, ids[:, [middle - 1]], ids)
+    ids = jax.lax.cummax(ids, axis=1)
+    whole = run(**part(slice(None)))
+    _, first_states, state = run(**part(slice(middle)))
+    reads, states, final = run(**part(slice(middle, None)), start=state)
+    assert_close(reads, whole[0][:, middle:], 1e-12, "the reads")
+    assert_close(states, whole[1][:, first_states.shape[1] :], 1e-12, "the states")
+    assert_close(final, whole[2], 1e-12, "the final state")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segment_init": "independent"}, "leave start out"),
+        ({"implementation": "tpu"}, "no kernel for TPUs goes on from a start"),
+        ({"rule": "titans"}, "start's momentum is not one array"),
+        ({"rule": "swla"}, "start has no previous token"),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(changes, message):
+    arguments = make("linear", tokens=SEGMENT, dtype=np.float32)
+    settings = {"rule": "linear", "segment_length": SEGMENT, "chunk_length": CHUNK}
+    _, _, state = chunk_memory(**arguments, **settings)
+    with pytest.raises(ValueError, match=message):
+        chunk_memory(**arguments, **{**settings, **changes}, start=state)

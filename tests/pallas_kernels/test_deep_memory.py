@@ -279,3 +279,26 @@ def test_wrong_arguments_are_named_with_their_cure(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         deep_memory(**arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("objective", "implementation"), [("l2", "xla"), ("dot", "xla"), ("l2", "reference")]
+)
+def test_a_run_that_goes_on_from_a_state_is_the_rest_of_the_whole_run(objective, implementation):
+    arguments = make_arguments(objective, jnp.float64)
+    ids = jnp.array([[0] * 4 + [1] * 8 + [2] * 9, [0] * 21])
+    options = {"objective": objective, "segment_length": L, "chunk_length": C}
+
+    def part(tokens: slice, **more):
+        cut = {name: x[:, tokens] for name, x in arguments.items() if name != "initial_state"}
+        rest = {"initial_state": arguments["initial_state"], "document_ids": ids[:, tokens]}
+        return deep_memory(**cut, **rest, **options, **more, implementation=implementation)
+
+    whole = part(slice(None))
+    *_, state = part(slice(L))
+    got = part(slice(L, None), start=state)
+    expected = (whole[0][:, L:], jax.tree.map(lambda x: x[:, 1:], whole[1]), whole[2])
+    assert relative_error(got, expected) < 1e-12
+    with pytest.raises(ValueError, match="leave start out"):
+        part(slice(L, None), start=state, segment_init="independent")

@@ -1,0 +1,227 @@
+"""Memory Caching in its parallel form: all tokens of rows, or of a device's part of rows, at once.
+
+Shapes: B batch, T tokens, S segments, H heads, V value dim.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mc_jax.caching import router, segments
+from mc_jax.caching._recurrence import log_retention_of, memory_of, mixable_of
+from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Scores, Selection
+from mc_jax.caching.cache import Cache
+from mc_jax.caching.handover import run_in_order
+from mc_jax.caching.neighbours import Neighbours
+from mc_jax.caching.prefill import cache_after
+from mc_jax.caching.reading import Cached, Routing, choose, combine
+from mc_jax.caching.settings import Settings
+from mc_jax.memories import Coefficients, Layout
+from pallas_kernels._kept import keep
+from pallas_kernels._state import OnlineState, Weights, state_dtype
+
+
+class Output(NamedTuple):
+    """What `forward` finds."""
+
+    y: jax.Array
+    """[B, T, H, V]."""
+    gates: Gates | Selection | None
+    """Weights of the memories in each token's read; None where only the online memory is read."""
+    cache: Cache
+    """With which decoding goes on after the last token."""
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    routing: Routing | None,
+    coefficients: Coefficients,
+    settings: Settings,
+    *,
+    document_ids: jax.Array | None = None,
+    initial_state: Weights | None = None,
+    lengths: jax.Array | None = None,
+    top_k: jax.Array | None = None,
+) -> Output:
+    """`memory_caching` for a caller that has its settings at hand.
+
+    Args:
+      q: as there, like all that is not named here.
+      k: keys.
+      v: values.
+      routing: what the router needs; None without a router.
+      coefficients: scalars per token and head.
+      settings: static.
+      document_ids: packed documents.
+      initial_state: of the memory.
+      lengths: [batch], int32: rows end there; later tokens are not written, and what they read has no
+        meaning. None: all rows are full.
+      top_k: a traced scalar in place of the settings' top_k, while that is annealed.
+    """
+    found = _read(
+        q,
+        k,
+        v,
+        routing,
+        coefficients,
+        settings,
+        document_ids=document_ids,
+        initial_state=initial_state,
+        lengths=lengths,
+        top_k=top_k,
+        neighbours=None,
+    )
+    if lengths is None:
+        lengths = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
+    cache = cache_after(
+        lengths,
+        online=found.online,
+        cached=found.cached,
+        pooled=found.pooled,
+        routing=found.routing,
+        log_retention=found.log_retention,
+        document_ids=found.document_ids,
+        initial=initial_state,
+        settings=settings,
+    )
+    return Output(found.y, found.gates, cache)
+
+
+def forward_shared(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    routing: Routing | None,
+    coefficients: Coefficients,
+    settings: Settings,
+    *,
+    document_ids: jax.Array | None = None,
+    initial_state: Weights | None = None,
+    top_k: jax.Array | None = None,
+    neighbours: Neighbours | None,
+) -> tuple[jax.Array, Gates | Selection | None]:
+    """`forward` on one of several devices that share rows, each with a run of whole segments of them.
+
+    Args:
+      q: of this device's tokens, like all of them.
+      k: keys.
+      v: values.
+      routing: as there.
+      coefficients: scalars per token and head.
+      settings: static.
+      document_ids: packed documents, the same in all a row's tokens alone.
+      initial_state: of the memory.
+      top_k: as there.
+      neighbours: the devices that share the rows; None: this one has whole rows.
+
+    Returns:
+      Reads [B, T, H, V], and the weights of the memories of whole rows in them. There is no cache.
+    """
+    found = _read(
+        q,
+        k,
+        v,
+        routing,
+        coefficients,
+        settings,
+        document_ids=document_ids,
+        initial_state=initial_state,
+        lengths=None,
+        top_k=top_k,
+        neighbours=neighbours,
+    )
+    return found.y, found.gates
+
+
+class _Found(NamedTuple):
+    y: jax.Array
+    gates: Gates | Selection | None
+    online: OnlineState
+    cached: Cached
+    pooled: router.Pooled | None
+    routing: Routing | None
+    log_retention: jax.Array | None
+    document_ids: jax.Array
+
+
+def _read(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    routing: Routing | None,
+    coefficients: Coefficients,
+    settings: Settings,
+    *,
+    document_ids: jax.Array | None,
+    initial_state: Weights | None,
+    lengths: jax.Array | None,
+    top_k: jax.Array | None,
+    neighbours: Neighbours | None,
+) -> _Found:
+    batch, length = q.shape[:2]
+    memory = memory_of(settings, coefficients, initial_state)
+    merges = settings.segmentation == "logarithmic" and settings.segment_init == "independent"
+    if merges and initial_state is not None:
+        raise ValueError(
+            "independent segments that each start from an initial_state cannot be merged into groups; "
+            "leave initial_state out, or set segment_init to 'checkpoint'"
+        )
+    goes_on = jnp.ones((batch, length), bool)
+    if document_ids is not None and neighbours is not None:
+        document_ids, goes_on = neighbours.normalize_documents(document_ids)
+    elif document_ids is not None:
+        document_ids = segments.normalize_documents(document_ids)
+    layout = Layout(
+        segment_length=settings.segment_length,
+        segment_init=settings.segment_init,
+        chunk_length=settings.chunk_length,
+        implementation=settings.implementation,
+        initial_state=initial_state,
+        document_ids=document_ids,
+        lengths=lengths,
+    )
+    if neighbours is None or settings.segment_init == "independent":
+        run = memory.run(q, k, v, coefficients, layout)
+    else:
+        run, layout = run_in_order(memory, q, k, v, coefficients, layout, goes_on, neighbours)
+    dtype = state_dtype(q)
+    if document_ids is None:
+        document_ids = jnp.zeros((batch, length), jnp.int32)
+    owners = segments.segment_documents(document_ids, settings.segment_length)
+    owned = segments.owned(document_ids, settings.segment_length).astype(dtype)
+    log_retention = log_retention_of(settings, coefficients, (batch, length, q.shape[2]), dtype)
+    log_sum = None
+    if log_retention is not None:
+        log_sum = jnp.einsum("bsl,bslh->bsh", owned, segments.split(log_retention, settings.segment_length))
+    cached = Cached(run.segment_states, jnp.sum(owned, axis=2), log_sum)
+    scores = pooled = None
+    if routing is not None:
+        routing = Routing(*jax.tree.map(lambda x: x.astype(dtype), tuple(routing)))
+        pooled = router.pool(routing.keys, document_ids, settings.segment_length, settings.router_blocks)
+    first_segment, readable_in = 0, settings.segment_length
+    if neighbours is not None and AGGREGATIONS[settings.aggregation].gates is not None:
+        # Which states a token may read is now known when the program runs, and not before.
+        first_segment, readable_in = neighbours.index * owners.shape[1], None
+        cached, pooled, owners = neighbours.gather((cached, pooled, owners))
+    if routing is not None:
+        assert pooled is not None
+        online_logit = routing.online_logit
+        if online_logit is None:
+            online_logit = router.running_mean_logit(routing.u, routing.keys, settings.segment_length)
+        scores = Scores(router.score(routing.u, pooled), online_logit)
+    gates = None
+    if AGGREGATIONS[settings.aggregation].gates is not None:
+        eligible = segments.eligible(document_ids, owners, settings.segment_length, first_segment)
+        gates = keep(choose(settings, scores, eligible, cached, top_k))
+    mixable = mixable_of(settings, memory)
+    if mixable is None:
+        y = combine(memory, q, run.reads, gates, cached.states, readable_in)
+    else:
+        assert isinstance(gates, Gates)
+        y = mixable.run_mixed(q, k, v, coefficients, layout, *gates, cached.states, readable_in)
+    if gates is not None:
+        y = keep(y)
+    return _Found(y.astype(v.dtype), gates, run.final, cached, pooled, routing, log_retention, document_ids)
