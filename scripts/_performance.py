@@ -1,0 +1,136 @@
+"""Plan the paper's recipes on TPUs that are not here, and write docs/performance.md.
+
+Each plan is a process of its own and takes minutes; its result is kept in build/performance and not made
+again while the code is as it was, so a run that was broken off goes on.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[1]
+_RESULTS = _ROOT / "build/performance"
+_PAGE = _ROOT / "docs/performance.md"
+_SOURCES = ("mc_jax", "pallas_kernels", "experiments")
+
+# 2 rows a chip, as a batch of half a million tokens has on 64.
+_MODELS = ("linear-gated", "linear-sparse", "titans-gated", "transformer")
+_TARGETS = ("v5e:8x8", "v5p:4x4x4", "v6e:8x8")
+
+
+def _cases() -> dict[str, list[str]]:
+    """By what a row of the table is called: arguments of `mc-jax plan`."""
+    found = {}
+    for model in _MODELS:
+        for topology in _TARGETS:
+            found[f"{model}, {topology}"] = [f"paper-1.3b-{model}", "--topology", topology]
+    for topology, rows in (("v5p:2x2x4", 32), ("v5p:4x8x8", 512)):
+        found[f"linear-gated, {topology}, 2 rows a chip"] = [
+            *("paper-1.3b-linear-gated", "--topology", topology),
+            *("--training.batch-size", str(rows)),
+        ]
+    for topology in ("v5e:8x8", "v5p:4x4x4"):
+        found[f"linear-sparse, 32K context, {topology}"] = [
+            *("paper-1.3b-linear-sparse", "--topology", topology),
+            *("--data.context-length", "32768", "--training.batch-size", "64"),
+        ]
+    return found
+
+
+def _code() -> str:
+    digest = hashlib.sha256()
+    for folder in _SOURCES:
+        for file in sorted((_ROOT / folder).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _file(name: str) -> Path:
+    return _RESULTS / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+
+
+def _kept(name: str, arguments: list[str]) -> dict | None:
+    """What was planned last, with the code it was planned by."""
+    found = json.loads(_file(name).read_text()) if _file(name).exists() else None
+    return found if found and found["arguments"] == arguments else None
+
+
+def _plan(name: str, arguments: list[str], code: str) -> bool:
+    """Whether it went well."""
+    print(f"{name} ...", flush=True)
+    command = [sys.executable, "-m", "mc_jax.cli", "plan", *arguments, "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
+    if run.returncode:
+        print(run.stderr[-2000:], file=sys.stderr)
+        return False
+    _RESULTS.mkdir(parents=True, exist_ok=True)
+    _file(name).write_text(json.dumps({"code": code, "arguments": arguments, "plan": json.loads(run.stdout)}))
+    return True
+
+
+def _row(name: str, plan: dict) -> str:
+    memory = plan["memory"]
+    held = f"{memory['total'] / 1e9:.1f} of {memory['capacity'] / 1e9:.1f}"
+    speed = plan["speed"]
+    if speed is None:
+        return f"| {name} | {plan['rows']} | {plan['remat']} | {held}: does not fit | | | |"
+    most, least = (100 * share for share in speed["mfu"])
+    fast, slow = (tokens / plan["chips"] for tokens in speed["tokens_per_second"])
+    return (
+        f"| {name} | {plan['rows']} | {plan['remat']} | {held} "
+        f"| {speed['least_seconds']:.3f} to {speed['most_seconds']:.3f} "
+        f"| {slow:,.0f} to {fast:,.0f} | {least:.1f} to {most:.1f} |"
+    )
+
+
+_HEAD = """# Performance by plan
+
+Every figure here is an **estimate** of the TPU's compiler, made by `mc-jax plan` on a machine without a
+TPU: no chip has run any of it. HBM is what the compiled program asks for. Times are the compiler's cycles,
+where kernels enter with their schedules' bundles and what streams from HBM is charged at some 40 % of its
+peak; a range goes from "communication hides behind computing" to "nothing overlaps". MFU is FLOPs by
+formula (cached reads included, what is computed again left out) over the chips' peak.
+
+The models have 1.3 B parameters and rows of 4,096 tokens, if nothing else is said. `scripts/performance`
+writes this page; one line of it is, for example,
+
+```sh
+mc-jax plan paper-1.3b-linear-gated --topology v5p:4x4x4
+```
+
+| model, topology | rows a chip | remat | HBM, GB | step, s | tokens/s a chip | MFU, % |
+|---|---|---|---|---|---|---|
+"""
+
+
+def _write(code: str) -> None:
+    """Write the page with all that has been planned; what other code was planned for says so."""
+    rows = []
+    for name, arguments in _cases().items():
+        if found := _kept(name, arguments):
+            rows.append(_row(name if found["code"] == code else f"{name} (code before this)", found["plan"]))
+    _PAGE.write_text(_HEAD + "\n".join(rows) + "\n")
+
+
+def main() -> int:
+    """Plan what is asked for and not there yet, and write the page."""
+    parser = argparse.ArgumentParser(prog="scripts/performance", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="plan those whose names have this in them")
+    chosen = parser.parse_args()
+    code, failed = _code(), []
+    for name, arguments in _cases().items():
+        found = _kept(name, arguments)
+        if chosen.only in name and (found is None or found["code"] != code):
+            failed += [] if _plan(name, arguments, code) else [name]
+            _write(code)
+    _write(code)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
