@@ -5,6 +5,7 @@ stream ("model") is divided among the devices that share a batch; the other side
 features, among those that share a row.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -63,10 +64,11 @@ def constrain_tree[T](tree: T) -> T:
 
 
 def _spec(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.P:
-    # The optimizer's moments are at paths that end as their parameters' do.
-    keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    # The optimizer's moments are at paths that end as their parameters' do, after an attribute's name.
+    names = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
+    keys = [key.key for key in names][::-1]
     if not keys:
-        assert not shape, "only scalars are no parameters"
+        assert len(shape) < 2, "only numbers, and a few of them, are no parameters"
         return jax.P()
     is_layer = keys[0].startswith("blocks_")
     name = ".".join(keys[is_layer:])
