@@ -18,6 +18,7 @@ from mc_jax.nn.mixer import Dtype
 from mc_jax.nn.norm import RMSNorm
 from mc_jax.nn.remat import rematerialize
 from mc_jax.parallel import constrain
+from mc_jax.parallel.parameters import gather_layer
 
 
 class LanguageModel(nnx.Module):
@@ -153,7 +154,7 @@ class LanguageModel(nnx.Module):
             for (graph, _), parameters, value in zip(parts, *scanned, strict=True):
 
                 def block(x, parameters, value, graph=graph):
-                    return apply(nnx.merge(graph, parameters), x, value)
+                    return apply(nnx.merge(graph, gather_layer(parameters, self.dtype)), x, value)
 
                 x, keep = rematerialize(block, remat, prevent_cse=one)(x, parameters, value)
                 kept.append(keep)

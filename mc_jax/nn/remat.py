@@ -7,6 +7,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from mc_jax.config import Remat
+from mc_jax.parallel import is_sharded
+from mc_jax.parallel.parameters import GATHERED
 from pallas_kernels._kept import KEPT
 
 _INPUT = "block_input"
@@ -17,13 +19,16 @@ def rematerialize(block: Callable[..., Any], remat: Remat, *, prevent_cse: bool)
 
     Args:
       block: x [B, T, D] is what comes from the block before; the others are parameters and the like.
-      remat: "none" saves all that the gradient wants; "states" x, and the runs, gates and reads of memories
-        and attention (`pallas_kernels._kept`), so that these are not run again; "blocks" x alone; "offload"
-        x alone, in the host's memory.
+      remat: "none" saves all that the gradient wants, but not the weights that were gathered for a layer;
+        "states" x, and the runs, gates and reads of memories and attention (`pallas_kernels._kept`), so that
+        these are not run again; "blocks" x alone; "offload" x alone, in the host's memory.
       prevent_cse: keep the compiler from undoing it; not needed in the body of a loop.
     """
     policies = jax.checkpoint_policies
     match remat:
+        case "none" if is_sharded():
+            # A layer's whole weights would otherwise be saved, for all layers at once.
+            policy = policies.save_anything_except_these_names(GATHERED)
         case "none":
             return block
         case "states":
