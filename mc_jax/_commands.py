@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mc_jax._arguments import UsageError, parse
-from mc_jax._recipes import describe_recipes, load_recipe, recipe_files
+from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
 from mc_jax.config import Config, validate
 
 
@@ -51,7 +51,7 @@ def train(arguments: Sequence[str]) -> None:
             program = "mc-jax train RECIPE"
             parse(TrainArguments, ["--help"], program=program, description=_train_help(), default=defaults)
         raise UsageError(
-            f"which recipe? write mc-jax train RECIPE ...; known are {', '.join(recipe_files())}"
+            f"which recipe? write mc-jax train RECIPE ...; known are {', '.join(known_recipes())}"
         )
     name, description, config = load_recipe(arguments[0])
     chosen = parse(
@@ -302,7 +302,7 @@ def plan(arguments: Sequence[str]) -> None:
             return
         raise UsageError(
             "which recipe? write mc-jax plan RECIPE --topology TOPOLOGY ..., or "
-            f"mc-jax plan --compare RECIPE@TOPOLOGY ...; known are {', '.join(recipe_files())}"
+            f"mc-jax plan --compare RECIPE@TOPOLOGY ...; known are {', '.join(known_recipes())}"
         )
     name, description, config = load_recipe(arguments[0])
     chosen = parse(

@@ -34,8 +34,11 @@ FIELDS = (
     "training.steps",
     "training.batch_size",
     "training.accumulation",
+    "training.optimizer",
     "training.learning_rate",
+    "training.schedule",
     "training.warmup_steps",
+    "training.decay_steps",
     "training.final_learning_rate",
     "training.weight_decay",
     "training.beta1",
@@ -145,6 +148,24 @@ def test_the_default_config_is_valid():
             {"training__steps": 10},
             "training.warmup_steps 100 is more than training.steps 10; "
             "set training.warmup_steps to 10 or less",
+        ),
+        (
+            {"training__schedule": "wsd"},
+            "training.schedule 'wsd' needs training.decay_steps; set it, for example to 100",
+        ),
+        (
+            {"training__decay_steps": 7},
+            "training.decay_steps 7 has no effect with training.schedule 'cosine'; set it to None",
+        ),
+        (
+            {"training__schedule": "wsd", "training__decay_steps": 901},
+            "training.warmup_steps 100 and training.decay_steps 901 are more than training.steps 1000; "
+            "set training.decay_steps to 900 or less",
+        ),
+        (
+            {"training__schedule": "constant", "training__final_learning_rate": 1e-4},
+            "training.final_learning_rate 0.0001 has no effect with training.schedule 'constant'; "
+            "set it to 0",
         ),
         (
             {"data__tokenizer": "bpe"},

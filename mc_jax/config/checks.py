@@ -44,6 +44,20 @@ def validate(config: Config) -> Config:
             f"training.warmup_steps {training.warmup_steps} is more than training.steps {training.steps}; "
             f"set training.warmup_steps to {training.steps} or less"
         )
+    schedule = f"training.schedule {training.schedule!r}"
+    decays = training.schedule == "wsd"
+    _must_go_together("training.decay_steps", training.decay_steps, decays, schedule, "100")
+    if training.warmup_steps + (training.decay_steps or 0) > training.steps:
+        raise ConfigError(
+            f"training.warmup_steps {training.warmup_steps} and training.decay_steps {training.decay_steps} "
+            f"are more than training.steps {training.steps}; "
+            f"set training.decay_steps to {training.steps - training.warmup_steps} or less"
+        )
+    if training.schedule == "constant" and training.final_learning_rate:
+        raise ConfigError(
+            f"training.final_learning_rate {training.final_learning_rate} has no effect with {schedule}; "
+            "set it to 0"
+        )
     for name in ("learning_rate", "gradient_clip"):
         if getattr(training, name) <= 0:
             raise ConfigError(f"training.{name} is {getattr(training, name)}; set it above 0")

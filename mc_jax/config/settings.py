@@ -87,12 +87,18 @@ class TrainingConfig:
     """Rows in an optimizer step."""
     accumulation: int = 1
     """Parts a batch is cut into, whose gradients are summed; must divide batch_size."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon" takes the maps within blocks, and AdamW the rest; both at one learning rate."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: a cosine to the end, the peak with a linear decay at the end, or the peak."""
     warmup_steps: int = 100
-    """Steps of linear warm-up before the cosine decay."""
+    """Steps of linear warm-up."""
+    decay_steps: int | None = None
+    """Steps of the linear decay of "wsd"; None with the others."""
     final_learning_rate: float = 0.0
-    """Where the cosine ends."""
+    """Where "cosine" and "wsd" end."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9

@@ -6,6 +6,7 @@ features, among those that share a row.
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -108,10 +109,9 @@ _moved.defvjp(
 
 
 def _spec(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.P:
-    # The optimizer's moments are at paths that end as their parameters' do.
     keys = _keys(path)
     if not keys:
-        assert not shape, "only scalars are no parameters"
+        assert len(shape) < 2, "only numbers, and a few of them, are no parameters"
         return jax.P()
     is_layer = keys[0].startswith("blocks_")
     dimensions = _dimensions(".".join(keys[is_layer:]))
@@ -119,7 +119,9 @@ def _spec(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.P:
 
 
 def _keys(path: tuple[Any, ...]) -> list[str]:
-    return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    # The optimizer's moments are at paths that end as their parameters' do, after an attribute's name.
+    names = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
+    return [key.key for key in names][::-1]
 
 
 def _dimensions(name: str) -> tuple[str | None, ...]:
