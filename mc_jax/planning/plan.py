@@ -15,11 +15,19 @@ from mc_jax.planning.chips import CHIPS, GPUS
 from mc_jax.planning.collectives import Collective, collectives
 from mc_jax.planning.cost import forget_schedules, has_schedules, keep_schedules, kernels_of
 from mc_jax.planning.formulas import Flops, flops_of
-from mc_jax.planning.memory import Memory, chip_bytes, compiled_memory, refused_memory, state_parts
+from mc_jax.planning.memory import (
+    Memory,
+    capacity_of,
+    chip_bytes,
+    compiled_memory,
+    refused_memory,
+    state_parts,
+)
 from mc_jax.planning.parts import by_part
 from mc_jax.planning.program import operations
 from mc_jax.planning.speed import Speed, speed_of
 from mc_jax.planning.topology import Topology, read_topology
+from mc_jax.planning.turns import kernel_works, turns_of
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.run import abstract_state, drawing
 from mc_jax.training.step import make_step, merge_model, token_losses
@@ -94,16 +102,16 @@ def plan(
     with jax.set_mesh(mesh):
         if estimate:
             forget_schedules()
-        lowered, state, batch = lower_step(config, vocabulary)
+        traced, state, batch = trace_step(config, vocabulary)
         try:
-            compiled = lowered.compile()
+            compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             memory = refused_memory(str(error), state, batch)
             if memory is None:
                 raise
             compiled = None
         else:
-            memory = compiled_memory(compiled, state, batch, chip.memory)
+            memory = compiled_memory(compiled, state, batch, capacity_of(devices[0], chip.memory))
     flops = flops_of(config, state.parameters)
     sent, speed = (), None
     if compiled is not None:
@@ -117,14 +125,16 @@ def plan(
                     "libtpu was started before it was told to write its schedules down; "
                     "call mc_jax.planning.keep_schedules() first, or plan in a process of its own"
                 )
+            works = list(kernel_works(traced.jaxpr.jaxpr))
             speed = speed_of(
                 found,
-                kernels_of(found),
+                kernels_of(found, turns_of(works)),
                 sent,
                 chip,
                 chips=mesh.size,
                 tokens=flops.tokens,
                 flops=flops.step,
+                kernel_products=sum(work.times * work.products for work in works),
             )
     sizes = dict(mesh.shape)
     return Plan(
@@ -162,15 +172,15 @@ def vocabulary_of(config: Config, vocab_size: int | None) -> tuple[int, str]:
     return _VOCABULARY, f"assumed, for {folder} is not here; --vocab-size tells another"
 
 
-def lower_step(config: Config, vocabulary: int) -> tuple[jax.stages.Lowered, Any, dict[str, Any]]:
-    """Return the very step of training, lowered on the current mesh, and shapes of its state and batch."""
+def trace_step(config: Config, vocabulary: int) -> tuple[jax.stages.Traced, Any, dict[str, Any]]:
+    """Return the very step of training, traced on the current mesh, and shapes of its state and batch."""
     settings = config.training
     graph, state = abstract_state(config, vocabulary)
     step: Any = make_step(graph, make_optimizer(settings), settings.accumulation, **_step_options(config))
     laid = jax.NamedSharding(jax.sharding.get_mesh(), spec("batch"))
     batch = _batch(config, settings.batch_size, laid)
     top_k = jax.ShapeDtypeStruct((), jnp.int32) if settings.top_k_anneal_steps else None
-    return step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32), top_k), state, batch
+    return step.trace(state, batch, jax.ShapeDtypeStruct((), jnp.float32), top_k), state, batch
 
 
 def _batch(config: Config, rows: int, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:

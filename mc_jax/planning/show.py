@@ -16,10 +16,10 @@ from mc_jax.planning.speed import Speed
 _GROUPS = 16
 _COLLECTIVES = 12
 _CAVEATS = (
-    "Estimates of the compiler for one chip: no chip has run this. What streams from HBM is charged at some 40 "
-    "% of the peak. Conditionals count with all branches, kernels' loops that decide their turns while they run "
-    "with one turn; operations on SparseCores and copies in the background count nothing. Least: communication "
-    "hides behind computing, or computing behind communication; most: nothing overlaps."
+    "Estimates of the compiler for one chip: no chip has run this. What streams from HBM is charged at "
+    "some 40 % of the peak. Conditionals count with all branches; operations on SparseCores and copies in "
+    "the background count nothing. Least: communication hides behind computing, or computing behind "
+    "communication; most: nothing overlaps."
 )
 
 
@@ -134,7 +134,7 @@ def _flops(plan: Plan) -> Table:
     table.add_row("forward and backward (x 3), a token", f"{flops.token / 1e6:,.2f}")
     table.add_row("a step, on a chip", f"{flops.step / plan.chips / 1e6:,.0f}")
     if plan.speed is not None:
-        table.add_row("in XLA's matrix products, kernels left out", f"{plan.speed.products / 1e6:,.0f}")
+        table.add_row("as compiled: its matrix products", f"{plan.speed.products / 1e6:,.0f}")
     return _right(table)
 
 
