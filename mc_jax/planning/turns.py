@@ -1,7 +1,7 @@
 """How often the loops of a Pallas kernel turn that decide it while they run, and what its products cost.
 
-A kernel is traced once for all steps of its grid. Bounds of its loops are sums of the step's place in the grid
-and of constants: so they are computed here for all places at once, and averaged.
+A kernel is traced once for all steps of its grid. Bounds of its loops are sums of the step's place in the
+grid and of constants: so they are computed here for all places at once, and averaged.
 
 Shapes: P places of the grid.
 """
@@ -64,7 +64,7 @@ def kernel_works(program: Any, times: int = 1) -> Iterator[KernelWork]:
 
 
 def turns_of(works: Iterable[KernelWork]) -> Callable[[str], Iterable[float]]:
-    """Return, for a kernel's name, the turns of its loops as `kernels_of` asks for them: means over its calls."""
+    """Return the turns of a kernel's loops by its name, as `kernels_of` asks for them: means over its calls."""
     calls: dict[str, list[KernelWork]] = {}
     for work in works:
         calls.setdefault(work.name, []).append(work)
@@ -144,7 +144,7 @@ class _Reader:
         """A `fori_loop`: its first two numbers are where it starts and where it ends."""
         body = equation.params["body_jaxpr"]
         start = equation.params["cond_nconsts"] + equation.params["body_nconsts"]
-        first, last = (inputs[start : start + 2] + [None, None])[:2]
+        first, last = [*inputs[start : start + 2], None, None][:2]
         known = first is not None and last is not None
         turns = np.maximum(0, last - first) if known else np.ones(1)
         if not known or turns.size > 1:  # else the compiler knows it, too
