@@ -64,7 +64,7 @@ def kernel_works(program: Any, times: int = 1) -> Iterator[KernelWork]:
 
 
 def turns_of(works: Iterable[KernelWork]) -> Callable[[str], Iterable[float]]:
-    """Return the turns of a kernel's loops by its name, as `kernels_of` asks for them: means over its calls."""
+    """Return the turns of a kernel's loops by its name, as `kernels_of` asks for them, means over calls."""
     calls: dict[str, list[KernelWork]] = {}
     for work in works:
         calls.setdefault(work.name, []).append(work)
