@@ -15,6 +15,20 @@ from mc_jax.config import Config, validate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessesArguments:
+    """The processes that train together, each on its machine; TPU pods, Slurm and MPI need none of these."""
+
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Where process 0 is, and a port that is free there; None: as the environment tells."""
+    count: int | None = None
+    """Their number; 1 keeps this one alone, whatever the environment tells."""
+    index: int | None = None
+    """Which of them this is, from 0."""
+    patience: float = 300.0
+    """Seconds within which all must have started."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainArguments:
     """Options of `mc-jax train`."""
 
@@ -24,6 +38,7 @@ class TrainArguments:
     """Folder of all runs; this one is written to RUNS-DIR/NAME."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Delete an earlier run of that name instead of resuming it."""
+    processes: ProcessesArguments = ProcessesArguments()
     config: Annotated[Config, tyro.conf.arg(name="")]
     """What is trained, and how."""
 
@@ -51,17 +66,26 @@ def train(arguments: Sequence[str]) -> None:
     if Path(name).name != name or name in ("", ".."):
         raise UsageError(f"--name {name!r} is no folder's name; the folder above it is --runs-dir")
 
+    import jax
     from etils import epath
 
     from mc_jax.evaluation.summary import summarize_run
+    from mc_jax.parallel.processes import joined
     from mc_jax.training.loop import train as run_training
 
     run_dir = epath.Path(chosen.runs_dir) / name
-    run_training(chosen.config, run_dir, overwrite=chosen.overwrite)
-    result = summarize_run(run_dir)
-    if result is not None:
-        _print_result(str(run_dir), result)
-    print(f"report: {run_dir / 'report.html'}")
+    with joined(**dataclasses.asdict(chosen.processes)):
+        step = run_training(chosen.config, run_dir, overwrite=chosen.overwrite)
+        is_done = step == chosen.config.training.steps
+        result = summarize_run(run_dir) if is_done else None
+        if jax.process_index() > 0:
+            return
+        if result is not None:
+            _print_result(str(run_dir), result)
+        if is_done:
+            print(f"report: {run_dir / 'report.html'}")
+        else:
+            print(f"stopped by SIGTERM, step {step} is saved; the same command goes on from there")
 
 
 def _train_help() -> str:

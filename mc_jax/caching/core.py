@@ -16,6 +16,7 @@ from mc_jax.caching.reading import Cached, Routing, choose, combine
 from mc_jax.caching.settings import Settings
 from mc_jax.caching.storage import Storage, fetch_selected, to_place, unpack
 from mc_jax.memories import Coefficients, DecodableMemory, Layout, Memory, MixableMemory, memory_for
+from pallas_kernels._kept import keep
 from pallas_kernels._state import Weights, state_dtype
 
 
@@ -189,13 +190,15 @@ def forward(
     gates = None
     if AGGREGATIONS[settings.aggregation].gates is not None:
         eligible = segments.eligible(document_ids, batch, length, settings.segment_length)
-        gates = choose(settings, scores, eligible, cached, top_k)
+        gates = keep(choose(settings, scores, eligible, cached, top_k))
     mixable = _mixable(settings, memory)
     if mixable is None:
         y = combine(memory, q, run.reads, gates, run.segment_states, settings.segment_length)
     else:
         assert isinstance(gates, Gates)
         y = mixable.run_mixed(q, k, v, coefficients, layout, *gates, run.segment_states)
+    if gates is not None:
+        y = keep(y)
     if lengths is None:
         lengths = jnp.full((batch,), length, jnp.int32)
     if document_ids is None:

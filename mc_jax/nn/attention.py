@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_jax.nn.mixer import Dtype
+from mc_jax.parallel.attention import attend
+from pallas_kernels._kept import keep
 
 _ROTARY_BASE = 10_000.0
 
@@ -75,12 +77,7 @@ class Attention(nnx.Module):
         return _rotate(q, positions), _rotate(k, positions), v
 
     def _attend(self, x, q, k, v, document_ids) -> jax.Array:
-        mask = None
-        if document_ids is not None:
-            mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
-        window = None if self.window is None else (self.window - 1, 0)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, local_window_size=window)
-        return self.output(y.reshape(x.shape))
+        return self.output(keep(attend(q, k, v, document_ids, self.window)).reshape(x.shape))
 
 
 def _rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
