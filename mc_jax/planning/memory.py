@@ -26,6 +26,8 @@ class Memory:
     """What the step needs."""
     capacity: int
     """What the chip has for programs."""
+    host: int
+    """What lies in the host's memory meanwhile, for this chip."""
     is_compiled: bool
     """Whether the compiler told it; if not, it is an estimate by formula."""
 
@@ -63,6 +65,7 @@ def compiled_memory(compiled: jax.stages.Compiled, state: Any, batch: Any, capac
         parts={name: size for name, size in parts.items() if size},
         total=sum(parts.values()),
         capacity=int(capacity),
+        host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
         is_compiled=True,
     )
 
@@ -79,6 +82,7 @@ def refused_memory(message: str, state: Any, batch: Any) -> Memory | None:
         parts=held | {"gradients, activations, temporaries, program": rest},
         total=used,
         capacity=capacity,
+        host=0,
         is_compiled=True,
     )
 

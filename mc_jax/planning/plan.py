@@ -49,8 +49,8 @@ class Plan:
     """Sizes of its axes."""
     rows: int
     """Of a batch, on a chip."""
-    remat: str | None
-    """What is computed again; None: nothing can be."""
+    remat: str
+    """What is computed again (`training.remat`)."""
     vocabulary: int
     """Ids of the tokenizer."""
     vocabulary_source: str
@@ -143,7 +143,7 @@ def plan(
         chips=mesh.size,
         mesh=sizes,
         rows=config.training.batch_size // (sizes["replica"] * sizes["fsdp"]),
-        remat=_remat(config),
+        remat=config.training.remat,
         vocabulary=vocabulary,
         vocabulary_source=source,
         parameters=by_part(state.parameters, config.model),
@@ -176,7 +176,7 @@ def trace_step(config: Config, vocabulary: int) -> tuple[jax.stages.Traced, Any,
     """Return the very step of training, traced on the current mesh, and shapes of its state and batch."""
     settings = config.training
     graph, state = abstract_state(config, vocabulary)
-    step: Any = make_step(graph, make_optimizer(settings), settings.accumulation, **_step_options(config))
+    step: Any = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
     laid = jax.NamedSharding(jax.sharding.get_mesh(), spec("batch"))
     batch = _batch(config, settings.batch_size, laid)
     top_k = jax.ShapeDtypeStruct((), jnp.int32) if settings.top_k_anneal_steps else None
@@ -190,15 +190,6 @@ def _batch(config: Config, rows: int, sharding: jax.sharding.Sharding | None = N
         for name in ("inputs", "targets", "document_ids")
     }
     return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
-
-
-def _remat(config: Config) -> str | None:
-    return getattr(config.training, "remat", None)
-
-
-def _step_options(config: Config) -> dict[str, Any]:
-    remat = _remat(config)
-    return {} if remat is None else {"remat": remat}
 
 
 def _by_formula(config: Config, where: Topology, vocabulary: int, source: str) -> Plan:
@@ -218,7 +209,7 @@ def _by_formula(config: Config, where: Topology, vocabulary: int, source: str) -
 
     def saved(parameters, batch):
         def loss(p):
-            return jnp.sum(token_losses(merge_model(graph, p), batch, **_step_options(config)))
+            return jnp.sum(token_losses(merge_model(graph, p), batch, remat=config.training.remat))
 
         return jax.vjp(loss, parameters)[1]
 
@@ -235,13 +226,17 @@ def _by_formula(config: Config, where: Topology, vocabulary: int, source: str) -
         chips=chips,
         mesh=sizes,
         rows=rows,
-        remat=_remat(config),
+        remat=config.training.remat,
         vocabulary=vocabulary,
         vocabulary_source=source,
         parameters=by_part(state.parameters, config.model),
         flops=flops,
         memory=Memory(
-            parts=parts, total=math.ceil(sum(parts.values())), capacity=int(gpu.memory), is_compiled=False
+            parts=parts,
+            total=math.ceil(sum(parts.values())),
+            capacity=int(gpu.memory),
+            host=0,
+            is_compiled=False,
         ),
         collectives=(),
         speed=None,

@@ -87,7 +87,8 @@ def _inner(equation: Any) -> Iterator[Any]:
 
 
 def _work(equation: Any, times: int) -> KernelWork:
-    grid = [int(size) for size in equation.params["grid_mapping"].grid]
+    # A size that is decided while the program runs counts as one.
+    grid = [size if isinstance(size, int) else 1 for size in equation.params["grid_mapping"].grid]
     reader = _Reader(grid)
     program = equation.params["jaxpr"]
     program = getattr(program, "jaxpr", program)
