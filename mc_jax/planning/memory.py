@@ -6,8 +6,13 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# Two messages of the compiler: of its first look at a program, and after it has laid it out.
+_USED = (
+    re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -21,6 +26,8 @@ class Memory:
     """What the step needs."""
     capacity: int
     """What the chip has for programs."""
+    host: int
+    """What lies in the host's memory meanwhile, for this chip."""
     is_compiled: bool
     """Whether the compiler told it; if not, it is an estimate by formula."""
 
@@ -58,24 +65,55 @@ def compiled_memory(compiled: jax.stages.Compiled, state: Any, batch: Any, capac
         parts={name: size for name, size in parts.items() if size},
         total=sum(parts.values()),
         capacity=int(capacity),
+        host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
         is_compiled=True,
     )
 
 
 def refused_memory(message: str, state: Any, batch: Any) -> Memory | None:
     """Return what the compiler said it would have needed when it refused; None: that is not what it said."""
-    found = _USED.search(message)
+    found = _used(message)
     if found is None:
         return None
-    used, capacity = (int(float(found[n]) * _UNITS[found[n + 1]]) for n in (1, 3))
+    used, capacity = found
     held = state_parts(state) | {"batch": chip_bytes(batch)}
     rest = used - sum(held.values())
     return Memory(
         parts=held | {"gradients, activations, temporaries, program": rest},
         total=used,
         capacity=capacity,
+        host=0,
         is_compiled=True,
     )
+
+
+def capacity_of(device: jax.Device, otherwise: float) -> int:
+    """Return how many bytes of its memory a chip has for programs, which is less than the vendor's figure.
+
+    The compiler tells when it refuses a program, such as one that takes 512 GiB.
+
+    Args:
+      device: of a topology that need not be here.
+      otherwise: where it says nothing.
+    """
+    mesh = jax.sharding.Mesh([device], "chip", axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.NamedSharding(mesh, jax.P())
+    huge = jax.ShapeDtypeStruct((2**20, 2**17), jnp.float32, sharding=place)
+    try:
+        jax.jit(jnp.sum).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _used(str(error))
+        return int(otherwise) if found is None else found[1]
+    return int(otherwise)
+
+
+def _used(message: str) -> tuple[int, int] | None:
+    """Bytes that the compiler says a program needs, and that the chip has."""
+    found = next((match for pattern in _USED if (match := pattern.search(message))), None)
+    if found is None:
+        return None
+    used, capacity = (int(float(found[n]) * _UNITS[found[n + 1]]) for n in (1, 3))
+    return used, capacity
 
 
 def state_parts(state: Any) -> dict[str, int]:

@@ -37,6 +37,7 @@ _FILES = (
     (r"/caching/(router|aggregations|segments|reading|logarithmic)", "mixer, router and gates"),
     (r"/mc_jax/(caching|parallel/memory)", "mixer, around the memory"),
     (r"/parallel/cross_entropy", "output map and loss"),
+    (r"/parallel/attention|/splash_attention/", "attention"),
 )
 _COPIES = re.compile(r"^(copy|transpose|bitcast|slice|reshape|pad|concatenate|dynamic-(update-)?slice)")
 

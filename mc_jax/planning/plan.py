@@ -15,11 +15,19 @@ from mc_jax.planning.chips import CHIPS, GPUS
 from mc_jax.planning.collectives import Collective, collectives
 from mc_jax.planning.cost import forget_schedules, has_schedules, keep_schedules, kernels_of
 from mc_jax.planning.formulas import Flops, flops_of
-from mc_jax.planning.memory import Memory, chip_bytes, compiled_memory, refused_memory, state_parts
+from mc_jax.planning.memory import (
+    Memory,
+    capacity_of,
+    chip_bytes,
+    compiled_memory,
+    refused_memory,
+    state_parts,
+)
 from mc_jax.planning.parts import by_part
 from mc_jax.planning.program import operations
 from mc_jax.planning.speed import Speed, speed_of
 from mc_jax.planning.topology import Topology, read_topology
+from mc_jax.planning.turns import kernel_works, turns_of
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.run import abstract_state, drawing
 from mc_jax.training.step import make_step, merge_model, token_losses
@@ -41,8 +49,8 @@ class Plan:
     """Sizes of its axes."""
     rows: int
     """Of a batch, on a chip."""
-    remat: str | None
-    """What is computed again; None: nothing can be."""
+    remat: str
+    """What is computed again (`training.remat`)."""
     vocabulary: int
     """Ids of the tokenizer."""
     vocabulary_source: str
@@ -94,16 +102,16 @@ def plan(
     with jax.set_mesh(mesh):
         if estimate:
             forget_schedules()
-        lowered, state, batch = lower_step(config, vocabulary)
+        traced, state, batch = trace_step(config, vocabulary)
         try:
-            compiled = lowered.compile()
+            compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             memory = refused_memory(str(error), state, batch)
             if memory is None:
                 raise
             compiled = None
         else:
-            memory = compiled_memory(compiled, state, batch, chip.memory)
+            memory = compiled_memory(compiled, state, batch, capacity_of(devices[0], chip.memory))
     flops = flops_of(config, state.parameters)
     sent, speed = (), None
     if compiled is not None:
@@ -117,14 +125,16 @@ def plan(
                     "libtpu was started before it was told to write its schedules down; "
                     "call mc_jax.planning.keep_schedules() first, or plan in a process of its own"
                 )
+            works = list(kernel_works(traced.jaxpr.jaxpr))
             speed = speed_of(
                 found,
-                kernels_of(found),
+                kernels_of(found, turns_of(works)),
                 sent,
                 chip,
                 chips=mesh.size,
                 tokens=flops.tokens,
                 flops=flops.step,
+                kernel_products=sum(work.times * work.products for work in works),
             )
     sizes = dict(mesh.shape)
     return Plan(
@@ -133,7 +143,7 @@ def plan(
         chips=mesh.size,
         mesh=sizes,
         rows=config.training.batch_size // (sizes["replica"] * sizes["fsdp"]),
-        remat=_remat(config),
+        remat=config.training.remat,
         vocabulary=vocabulary,
         vocabulary_source=source,
         parameters=by_part(state.parameters, config.model),
@@ -162,15 +172,15 @@ def vocabulary_of(config: Config, vocab_size: int | None) -> tuple[int, str]:
     return _VOCABULARY, f"assumed, for {folder} is not here; --vocab-size tells another"
 
 
-def lower_step(config: Config, vocabulary: int) -> tuple[jax.stages.Lowered, Any, dict[str, Any]]:
-    """Return the very step of training, lowered on the current mesh, and shapes of its state and batch."""
+def trace_step(config: Config, vocabulary: int) -> tuple[jax.stages.Traced, Any, dict[str, Any]]:
+    """Return the very step of training, traced on the current mesh, and shapes of its state and batch."""
     settings = config.training
     graph, state = abstract_state(config, vocabulary)
-    step: Any = make_step(graph, make_optimizer(settings), settings.accumulation, **_step_options(config))
+    step: Any = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
     laid = jax.NamedSharding(jax.sharding.get_mesh(), spec("batch"))
     batch = _batch(config, settings.batch_size, laid)
     top_k = jax.ShapeDtypeStruct((), jnp.int32) if settings.top_k_anneal_steps else None
-    return step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32), top_k), state, batch
+    return step.trace(state, batch, jax.ShapeDtypeStruct((), jnp.float32), top_k), state, batch
 
 
 def _batch(config: Config, rows: int, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
@@ -180,15 +190,6 @@ def _batch(config: Config, rows: int, sharding: jax.sharding.Sharding | None = N
         for name in ("inputs", "targets", "document_ids")
     }
     return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
-
-
-def _remat(config: Config) -> str | None:
-    return getattr(config.training, "remat", None)
-
-
-def _step_options(config: Config) -> dict[str, Any]:
-    remat = _remat(config)
-    return {} if remat is None else {"remat": remat}
 
 
 def _by_formula(config: Config, where: Topology, vocabulary: int, source: str) -> Plan:
@@ -208,7 +209,7 @@ def _by_formula(config: Config, where: Topology, vocabulary: int, source: str) -
 
     def saved(parameters, batch):
         def loss(p):
-            return jnp.sum(token_losses(merge_model(graph, p), batch, **_step_options(config)))
+            return jnp.sum(token_losses(merge_model(graph, p), batch, remat=config.training.remat))
 
         return jax.vjp(loss, parameters)[1]
 
@@ -225,13 +226,17 @@ def _by_formula(config: Config, where: Topology, vocabulary: int, source: str) -
         chips=chips,
         mesh=sizes,
         rows=rows,
-        remat=_remat(config),
+        remat=config.training.remat,
         vocabulary=vocabulary,
         vocabulary_source=source,
         parameters=by_part(state.parameters, config.model),
         flops=flops,
         memory=Memory(
-            parts=parts, total=math.ceil(sum(parts.values())), capacity=int(gpu.memory), is_compiled=False
+            parts=parts,
+            total=math.ceil(sum(parts.values())),
+            capacity=int(gpu.memory),
+            host=0,
+            is_compiled=False,
         ),
         collectives=(),
         speed=None,

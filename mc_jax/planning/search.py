@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from collections.abc import Callable
 
-from mc_jax.config import Config, TrainingConfig
+from mc_jax.config import Config, Remat
 from mc_jax.planning.plan import Plan, plan
 
 _MOST_ROWS = 1024
@@ -14,8 +14,8 @@ _MOST_ROWS = 1024
 class Attempt:
     """A step that was compiled."""
 
-    remat: str | None
-    """What is computed again; None: nothing can be."""
+    remat: Remat
+    """What is computed again."""
     rows: int
     """Of a batch, on a chip."""
     total: int
@@ -62,62 +62,45 @@ def search(
     Raises:
       ValueError: as `plan`.
     """
-    attempts: list[Attempt] = []
-    first: Plan | None = None
-    known: dict[tuple[str | None, int], bool] = {}
-
-    def fits(remat: str | None, rows: int | None) -> bool:
-        nonlocal first
-        if rows is not None and (remat, rows) in known:
-            return known[remat, rows]
-        tried = _changed(config, remat, 1 if rows is None or first is None else rows / first.rows)
-        found = planner(tried, topology=topology, slices=slices, vocab_size=vocab_size, estimate=False)
-        first = first or found
-        attempts.append(
-            Attempt(remat=remat, rows=found.rows, total=found.memory.total, fits=found.memory.fits)
-        )
-        tell(attempts[-1])
-        known[remat, found.rows] = found.memory.fits
-        return found.memory.fits
-
-    policies = remat_policies()
-    chosen = next((remat for remat in policies if fits(remat, first.rows if first else None)), None)
-    assert first is not None
-    fitting = any(attempt.fits for attempt in attempts)
-    remat = chosen if fitting else policies[-1]
-    # Rows of each part, and rows that a batch is made of, are whole numbers.
-    unit = config.training.accumulation
-    if fitting:
-        low, high = first.rows, None
-        while high is None and low < _MOST_ROWS:
-            if fits(remat, 2 * low):
-                low *= 2
-            else:
-                high = 2 * low
-        high = 2 * low if high is None else high
+    trials = _Trials(
+        config,
+        tell,
+        lambda tried: planner(tried, topology=topology, slices=slices, vocab_size=vocab_size, estimate=False),
+    )
+    policies = typing.get_args(Remat)
+    remat = next((remat for remat in policies if trials.fits(remat, None)), None)
+    rows = trials.attempts[0].rows
+    if remat is None:
+        remat, low, high = policies[-1], 0, rows
     else:
-        low, high = 0, first.rows
+        low, high = rows, 2 * rows
+        while trials.fits(remat, high) and high < _MOST_ROWS:
+            low, high = high, 2 * high
+    # Rows of each part that a batch is cut into are whole numbers.
+    unit = config.training.accumulation
     while high - low > unit:
         middle = (low + high) // 2 // unit * unit
-        if fits(remat, middle):
-            low = middle
-        else:
-            high = middle
-    return Found(
-        attempts=tuple(attempts),
-        config=_changed(config, remat, low / first.rows) if low else None,
-        rows=low,
-    )
+        low, high = (middle, high) if trials.fits(remat, middle) else (low, middle)
+    best = _changed(config, remat, low / rows) if low else None
+    return Found(attempts=tuple(trials.attempts), config=best, rows=low)
 
 
-def remat_policies() -> tuple[str | None, ...]:
-    """Return the values of `training.remat`, the lightest first; (None,) if there is no such setting."""
-    hints = typing.get_type_hints(TrainingConfig)
-    return typing.get_args(hints["remat"]) if "remat" in hints else (None,)
+class _Trials:
+    def __init__(self, config: Config, tell: Callable[[Attempt], None], planner: Callable[[Config], Plan]):
+        self.attempts: list[Attempt] = []
+        self._config, self._tell, self._planner = config, tell, planner
+
+    def fits(self, remat: Remat, rows: int | None) -> bool:
+        """Whether as many rows fit on a chip; None: the config's."""
+        times = 1.0 if rows is None else rows / self.attempts[0].rows
+        found = self._planner(_changed(self._config, remat, times))
+        one = Attempt(remat=remat, rows=found.rows, total=found.memory.total, fits=found.memory.fits)
+        self.attempts.append(one)
+        self._tell(one)
+        return one.fits
 
 
-def _changed(config: Config, remat: str | None, times: float) -> Config:
-    changes: dict[str, typing.Any] = {"batch_size": round(config.training.batch_size * times)}
-    if remat is not None:
-        changes["remat"] = remat
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
+def _changed(config: Config, remat: Remat, times: float) -> Config:
+    batch_size = round(config.training.batch_size * times)
+    training = dataclasses.replace(config.training, batch_size=batch_size, remat=remat)
+    return dataclasses.replace(config, training=training)

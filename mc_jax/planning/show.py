@@ -16,10 +16,10 @@ from mc_jax.planning.speed import Speed
 _GROUPS = 16
 _COLLECTIVES = 12
 _CAVEATS = (
-    "Estimates of the compiler for one chip: no chip has run this. What streams from HBM is charged at some 40 "
-    "% of the peak. Conditionals count with all branches, kernels' loops that decide their turns while they run "
-    "with one turn; operations on SparseCores and copies in the background count nothing. Least: communication "
-    "hides behind computing, or computing behind communication; most: nothing overlaps."
+    "Estimates of the compiler for one chip: no chip has run this. What streams from HBM is charged at "
+    "some 40 % of the peak. Conditionals count with all branches; operations on SparseCores and copies in "
+    "the background count nothing. Least: communication hides behind computing, or computing behind "
+    "communication; most: nothing overlaps."
 )
 
 
@@ -48,9 +48,11 @@ def compare(plans: Sequence[tuple[str, Plan]]) -> None:
 
 def show_attempt(attempt: Attempt) -> None:
     """Print one attempt of a search."""
-    remat = "" if attempt.remat is None else f"remat {attempt.remat}, "
     verdict = "fits" if attempt.fits else "does not fit"
-    Console().print(f"{remat}{attempt.rows} rows on a chip: {_gb(attempt.total)}, {verdict}", highlight=False)
+    Console().print(
+        f"remat {attempt.remat}, {attempt.rows} rows on a chip: {_gb(attempt.total)}, {verdict}",
+        highlight=False,
+    )
 
 
 def show_found(found: Found) -> None:
@@ -59,9 +61,8 @@ def show_found(found: Found) -> None:
         line = "nothing fits: divide the model further (mesh.tensor), take more chips or a smaller model"
     else:
         training = found.config.training
-        remat = getattr(training, "remat", None)
         line = f"best: --training.batch-size {training.batch_size}, {found.rows} rows on a chip"
-        line += "" if remat is None else f", --training.remat {remat}"
+        line += f", --training.remat {training.remat}"
     Console().print(line, highlight=False)
 
 
@@ -84,9 +85,9 @@ def print_json(plans: Sequence[tuple[str, Plan]]) -> None:
 
 def _head(plan: Plan) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    remat = "" if plan.remat is None else f", remat {plan.remat}"
     return (
-        f"{plan.chips} chips: {mesh}; {plan.rows} rows on each{remat}; {plan.flops.tokens:,} tokens a step; "
+        f"{plan.chips} chips: {mesh}; {plan.rows} rows on each, remat {plan.remat}; "
+        f"{plan.flops.tokens:,} tokens a step; "
         f"vocabulary {plan.vocabulary:,} ({plan.vocabulary_source})"
     )
 
@@ -111,6 +112,8 @@ def _memory(plan: Plan) -> Table:
     table.add_row("total", f"{memory.total / 1e9:,.3f}")
     table.add_row("of", f"{memory.capacity / 1e9:,.3f}")
     table.add_row(_fits(plan), f"{memory.free / 1e9:,.3f}")
+    if memory.host:
+        table.add_row("beside it, in the host's memory", f"{memory.host / 1e9:,.3f}")
     return _right(table)
 
 
@@ -134,7 +137,7 @@ def _flops(plan: Plan) -> Table:
     table.add_row("forward and backward (x 3), a token", f"{flops.token / 1e6:,.2f}")
     table.add_row("a step, on a chip", f"{flops.step / plan.chips / 1e6:,.0f}")
     if plan.speed is not None:
-        table.add_row("in XLA's matrix products, kernels left out", f"{plan.speed.products / 1e6:,.0f}")
+        table.add_row("as compiled: its matrix products", f"{plan.speed.products / 1e6:,.0f}")
     return _right(table)
 
 
@@ -241,7 +244,7 @@ _ROWS = (
     ("chips", lambda p: f"{p.chips} ({' x '.join(str(size) for size in p.mesh.values())})"),
     ("parameters", lambda p: f"{sum(p.parameters.values()) / 1e6:,.1f} M"),
     ("rows on a chip", lambda p: str(p.rows)),
-    ("remat", lambda p: p.remat or "-"),
+    ("remat", lambda p: p.remat),
     ("tokens a step", lambda p: f"{p.flops.tokens:,}"),
     ("memory of a chip", lambda p: f"{_gb(p.memory.total)} of {_gb(p.memory.capacity)}"),
     ("", lambda p: "fits" if p.memory.fits else _fits(p)),

@@ -70,7 +70,7 @@ class Speed:
     mfu: tuple[float, float]
     """Share of the chips' peak that the FLOPs by formula make up, at most and at least."""
     products: float
-    """FLOPs of matrix products in XLA's operations on a chip, loops multiplied out, kernels left out."""
+    """FLOPs of the program's matrix products on a chip, loops multiplied out, those of kernels included."""
     groups: tuple[Group, ...]
     """All operations, what takes longest first."""
     dearest: tuple[Dear, ...]
@@ -86,6 +86,7 @@ def speed_of(
     chips: int,
     tokens: int,
     flops: float,
+    kernel_products: float,
     dearest: int = 12,
 ) -> Speed:
     """Return the estimate.
@@ -98,6 +99,7 @@ def speed_of(
       chips: how many of these.
       tokens: of a step, on all chips.
       flops: by formula, of a step, on all chips.
+      kernel_products: FLOPs of the kernels' matrix products, on a chip.
       dearest: how many single operations to name.
     """
     per_call = {kernel.operation: kernel.cycles(chip.streaming) / kernel.calls for kernel in kernels}
@@ -136,7 +138,7 @@ def speed_of(
         most_seconds=most,
         tokens_per_second=(tokens / least, tokens / most),
         mfu=(flops / chips / chip.flops / least, flops / chips / chip.flops / most),
-        products=sum(one.times * one.products for one in operations),
+        products=kernel_products + sum(one.times * one.products for one in operations),
         groups=tuple(
             sorted(
                 (Group(part=p, work=w, forward=f, backward=b) for (p, w), (f, b) in groups.items()),

@@ -1,0 +1,167 @@
+"""How often the loops of a Pallas kernel turn that decide it while they run, and what its products cost.
+
+A kernel is traced once for all steps of its grid. Bounds of its loops are sums of the step's place in the
+grid and of constants: so they are computed here for all places at once, and averaged.
+
+Shapes: P places of the grid.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": lambda a, b: np.trunc(a / b).astype(np.int64),
+    "rem": np.fmod,
+    "min": np.minimum,
+    "max": np.maximum,
+    "neg": np.negative,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "not": np.logical_not,
+    "clamp": lambda low, x, high: np.clip(x, low, high),
+    "select_n": lambda which, *cases: np.choose(which.astype(np.int64), cases),
+    "convert_element_type": lambda x: x.astype(np.int64),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelWork:
+    """What a kernel does in all steps of its grid."""
+
+    name: str
+    """As given to `pallas_call`."""
+    turns: tuple[float, ...]
+    """Of each loop that decides them while it runs, in order: the mean over the grid's places."""
+    products: float
+    """FLOPs of its matrix products, in all places."""
+    times: int
+    """How often the program runs it, on a device."""
+
+
+def kernel_works(program: Any, times: int = 1) -> Iterator[KernelWork]:
+    """Yield the kernels of a program's jaxpr, one for each place that calls one."""
+    for equation in program.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield _work(equation, times)
+            continue
+        again = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
+        for inner in _inner(equation):
+            yield from kernel_works(inner, again)
+
+
+def turns_of(works: Iterable[KernelWork]) -> Callable[[str], Iterable[float]]:
+    """Return the turns of a kernel's loops by its name, as `kernels_of` asks for them, means over calls."""
+    calls: dict[str, list[KernelWork]] = {}
+    for work in works:
+        calls.setdefault(work.name, []).append(work)
+
+    def turns(name: str) -> Iterable[float]:
+        found = calls.get(name, [])
+        total = sum(work.times for work in found)
+        each = zip(*[[work.times * turn / total for turn in work.turns] for work in found], strict=False)
+        return itertools.chain(map(sum, each), itertools.repeat(1.0))
+
+    return turns
+
+
+def _inner(equation: Any) -> Iterator[Any]:
+    for value in equation.params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            one = getattr(one, "jaxpr", one)
+            if hasattr(one, "eqns"):
+                yield one
+
+
+def _work(equation: Any, times: int) -> KernelWork:
+    # A size that is decided while the program runs counts as one.
+    grid = [size if isinstance(size, int) else 1 for size in equation.params["grid_mapping"].grid]
+    reader = _Reader(grid)
+    program = equation.params["jaxpr"]
+    program = getattr(program, "jaxpr", program)
+    reader.run(program, [None] * len(program.invars), np.ones(math.prod(grid)))
+    return KernelWork(
+        name=equation.params["name"], turns=tuple(reader.turns), products=reader.products, times=times
+    )
+
+
+class _Reader:
+    """Follows the whole numbers of a kernel through all places of its grid; None is what is not known."""
+
+    def __init__(self, grid: list[int]):
+        self._places = np.indices(grid).reshape(len(grid), math.prod(grid))
+        self._grid = grid
+        self.turns: list[float] = []
+        self.products = 0.0
+
+    def run(self, program: Any, arguments: list[Any], runs: np.ndarray) -> list[Any]:
+        """Return the results; `runs` [P] is how often the program runs at each place."""
+        known = dict(zip(program.invars, arguments, strict=True))
+
+        def value(atom: Any) -> Any:
+            if hasattr(atom, "val"):
+                return np.asarray(atom.val) if np.ndim(atom.val) == 0 else None
+            return known.get(atom)
+
+        for equation in program.eqns:
+            name, inputs = equation.primitive.name, [value(atom) for atom in equation.invars]
+            results = [None] * len(equation.outvars)
+            if name == "program_id":
+                results = [self._places[equation.params["axis"]]]
+            elif name == "num_programs":
+                results = [np.asarray(self._grid[equation.params["axis"]])]
+            elif name == "dot_general":
+                self.products += float(np.sum(runs)) * _product(equation)
+            elif name == "while":
+                self._loop(equation, inputs, runs)
+            elif name == "cond":
+                self._branch(equation, inputs, runs)
+            elif name in _ARITHMETIC and all(one is not None for one in inputs):
+                results = [_ARITHMETIC[name](*inputs)]
+            else:
+                again = runs * equation.params.get("length", 1) if name == "scan" else runs
+                for inner in _inner(equation):
+                    whole = name != "scan" and len(inner.invars) == len(inputs)
+                    found = self.run(inner, inputs if whole else [None] * len(inner.invars), again)
+                    if whole and len(found) == len(results):
+                        results = found
+            known.update(zip(equation.outvars, results, strict=True))
+        return [value(atom) for atom in program.outvars]
+
+    def _loop(self, equation: Any, inputs: list[Any], runs: np.ndarray) -> None:
+        """A `fori_loop`: its first two numbers are where it starts and where it ends."""
+        body = equation.params["body_jaxpr"]
+        start = equation.params["cond_nconsts"] + equation.params["body_nconsts"]
+        first, last = [*inputs[start : start + 2], None, None][:2]
+        known = first is not None and last is not None
+        turns = np.maximum(0, last - first) if known else np.ones(1)
+        if not known or turns.size > 1:  # else the compiler knows it, too
+            self.turns.append(float(np.mean(turns * (runs > 0))))
+        constants = inputs[equation.params["cond_nconsts"] : start]
+        inner = getattr(body, "jaxpr", body)
+        rest = [None] * (len(inner.invars) - len(constants))
+        self.run(inner, [*constants, *rest], runs * turns)
+
+    def _branch(self, equation: Any, inputs: list[Any], runs: np.ndarray) -> None:
+        for number, branch in enumerate(equation.params["branches"]):
+            taken = runs if inputs[0] is None else runs * (inputs[0] == number)
+            self.run(getattr(branch, "jaxpr", branch), inputs[1:], taken)
+
+
+def _product(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[n] for n in contracted)

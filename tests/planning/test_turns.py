@@ -1,0 +1,57 @@
+"""Loops that a kernel decides while it runs turn as often as their bounds say, place by place of the grid."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from mc_jax.planning.turns import kernel_works, turns_of
+
+
+def _kernel(x_ref, y_ref):
+    block = pl.program_id(1)
+    y_ref[...] = jnp.zeros_like(y_ref)
+
+    def visit(_, carry):
+        y_ref[...] += jnp.dot(x_ref[...], x_ref[...], preferred_element_type=jnp.float32)
+        return carry
+
+    jax.lax.fori_loop(0, (block + 1) // 2, visit, None)
+
+    @pl.when(block == 3)
+    def _():
+        jax.lax.fori_loop(block, 2 * block, visit, None)
+
+    jax.lax.fori_loop(0, 5, visit, None)
+
+
+@pytest.fixture(scope="module")
+def works():
+    x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+
+    def once(x):
+        block = pl.BlockSpec((8, 8), lambda i, j: (0, 0))
+        call = pl.pallas_call(
+            _kernel, grid=(2, 4), out_shape=x, in_specs=[block], out_specs=block, name="visits"
+        )
+        return call(x)
+
+    def layers(x):
+        return jax.lax.scan(lambda x, _: (once(x), None), x, length=7)[0]
+
+    return list(kernel_works(jax.jit(layers).trace(x).jaxpr.jaxpr))
+
+
+def test_turns_are_means_over_the_grid(works):
+    (work,) = works
+    # 0, 1, 1, 2 turns at the four blocks; then 3 at the last alone; a loop of five turns the compiler knows.
+    assert work.turns == (1.0, 0.75)
+    assert list(itertools.islice(turns_of(works)("visits"), 3)) == [1.0, 0.75, 1.0]
+
+
+def test_products_count_the_turns_and_calls_the_layers(works):
+    (work,) = works
+    assert work.times == 7
+    assert work.products == 2 * 8**3 * 2 * (0 + 1 + 1 + 2 + 3 + 4 * 5)
