@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as ops
+from pallas_kernels.state_read import gpu as state_read_gpu
 
 _B, _T, _H, _K, _E, _N = 2, 150, 4, 64, 128, 5
 _SEGMENT, _CHUNK = 32, 16
@@ -20,6 +21,18 @@ _SEGMENT, _CHUNK = 32, 16
 # multiply float32 with the precision of bfloat16 or little more, unless they are told otherwise.
 _ROUNDING = (5e-3, 2e-2)
 _FLOAT32_ON_CPU = (1e-5, 1e-5)
+
+
+def _kernel_and_xla(platform: str, _dtype) -> tuple[str, ...]:
+    return ("tpu", "xla") if platform == "tpu" else ("xla",)
+
+
+def _any_form(platform: str, _dtype) -> tuple[str, ...]:
+    return (platform, "xla") if platform in ("tpu", "gpu") else ("xla",)
+
+
+def _groupings(_platform: str, _dtype) -> tuple[str, ...]:
+    return ("gather", "blocks", "ragged_dot")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +45,8 @@ class Case:
     """Of the arguments, in order; takes `implementation`."""
     arguments: tuple[Any, ...]
     """Float32 arrays; those of four axes are given in bfloat16 too."""
+    versions: Callable[[str, Any], tuple[str, ...]] = _kernel_and_xla
+    """Implementations to check, by platform and dtype of queries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +75,8 @@ class Check:
 def selftest() -> bool:
     """Compare every kernel with its plain reference on this machine's device; print a table; do all agree?
 
-    On a TPU both the TPU's kernels and XLA's versions are compared, elsewhere the latter. It takes minutes:
-    what takes long is compiling.
+    On a TPU or a GPU both what is made for it and XLA's versions are compared, elsewhere the latter. It takes
+    minutes: what takes long is compiling.
     """
     from rich.console import Console
     from rich.table import Table
@@ -96,10 +111,9 @@ def selftest() -> bool:
 
 def run_checks(platform: str) -> Iterator[Check]:
     """Yield a check for every operation, version and dtype that a platform has."""
-    versions = ("tpu", "xla") if platform == "tpu" else ("xla",)
     for case in cases():
-        for version in versions:
-            for dtype in (jnp.float32, jnp.bfloat16):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            for version in case.versions(platform, dtype):
                 exact = dtype == jnp.float32 and platform == "cpu"
                 yield _check(case, version, dtype, _FLOAT32_ON_CPU if exact else _ROUNDING)
 
@@ -129,7 +143,8 @@ def cases() -> list[Case]:
                 q, k, v, rule=rule, **coefficients, **segments, implementation=implementation
             )
 
-        return Case(f"chunk_memory, {rule}", run, (q, k, v, coefficients))
+        versions = _kernel_and_xla if rule == "titans" else _any_form
+        return Case(f"chunk_memory, {rule}", run, (q, k, v, coefficients), versions)
 
     def mlp(objective: str, **coefficients: jax.Array) -> Case:
         def run(q, k, v, coefficients, initial, *, implementation):
@@ -155,6 +170,10 @@ def cases() -> list[Case]:
     def routed(q, gates, states, *, implementation):
         return ops.routed_state_read(q, gates, indices, states, implementation=implementation)
 
+    def read_versions(platform: str, dtype) -> tuple[str, ...]:
+        hopper = platform == "gpu" and state_read_gpu.has_kernel(q.astype(dtype), matrices)
+        return ("gpu", "xla") if hopper else _kernel_and_xla(platform, dtype)
+
     return [
         matrix("linear", retention=retention, step=step),
         matrix("swla", retention=retention, step=step, previous_step=step[::-1]),
@@ -162,10 +181,10 @@ def cases() -> list[Case]:
         matrix("titans", retention=retention, momentum=momentum, step=gradient_step),
         mlp("dot", retention=retention, step=gradient_step),
         mlp("l2", retention=retention, momentum=momentum, step=gradient_step),
-        Case("gated_state_read, matrices", ops.gated_state_read, (q, gates, matrices)),
+        Case("gated_state_read, matrices", ops.gated_state_read, (q, gates, matrices), read_versions),
         Case("gated_state_read, MLPs", ops.gated_state_read, (q, gates, mlps)),
-        Case("routed_state_read, matrices", routed, (q, chosen_gates, matrices)),
-        Case("routed_state_read, MLPs", routed, (q, chosen_gates, mlps)),
+        Case("routed_state_read, matrices", routed, (q, chosen_gates, matrices), _groupings),
+        Case("routed_state_read, MLPs", routed, (q, chosen_gates, mlps), _groupings),
     ]
 
 

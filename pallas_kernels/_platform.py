@@ -1,8 +1,12 @@
 """Which platform programs are traced for, and so which implementation of an op is the best."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+
+_HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 
 
 def _device():
@@ -28,6 +32,12 @@ def chip() -> str:
 def vmem_bytes() -> int | None:
     """Return how large a TPU's VMEM is; None elsewhere, where kernels are interpreted."""
     return pltpu.get_tpu_info().vmem_capacity_bytes if platform() == "tpu" else None
+
+
+def has_wgmma() -> bool:
+    """Whether the device is a Hopper GPU, of compute capability 9.0, known by its name if it is not here."""
+    capability = getattr(_device(), "compute_capability", None)
+    return capability == "9.0" if capability else bool(_HOPPER.search(chip()))
 
 
 def on_tpu(x: jax.Array) -> bool:

@@ -164,6 +164,7 @@ def trained(monkeypatch):
 
     def train(config, run_dir, *, overwrite=False):
         calls.append((config, str(run_dir), overwrite))
+        return config.training.steps
 
     monkeypatch.setattr("mc_jax.training.loop.train", train)
     monkeypatch.setattr(

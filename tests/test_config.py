@@ -43,6 +43,7 @@ FIELDS = (
     "training.top_k_anneal_steps",
     "training.gradient_clip",
     "training.compute_dtype",
+    "training.remat",
     "training.seed",
     "training.checkpoint_every",
     "training.keep_checkpoints",

@@ -1,7 +1,11 @@
 """The selftest agrees with sound operations, and finds out unsound ones."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import pytest
+from gpu_description import AMPERE, HOPPER, on_gpu
 
 import mc_jax
 from mc_jax import _selftest
@@ -38,3 +42,22 @@ def test_an_operation_that_differs_is_told(only_dense_reads, wrong, monkeypatch,
 def test_every_operation_with_a_gradient_is_checked():
     names = {case.name.partition(",")[0] for case in _selftest.cases()}
     assert names == {"chunk_memory", "deep_memory", "gated_state_read", "routed_state_read"}
+
+
+def test_every_version_is_one_that_the_operation_knows():
+    with on_gpu():  # all but the TPU's
+        for case in _selftest.cases():
+            arguments = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim == 4 else x, case.arguments)
+            for version in case.versions("gpu", jnp.bfloat16):
+                jax.eval_shape(functools.partial(case.run, implementation=version), *arguments)
+
+
+@pytest.mark.parametrize(("kind", "hopper"), [(HOPPER, True), (AMPERE, False)])
+def test_on_gpus_their_versions_are_checked_where_they_run(kind, hopper):
+    with on_gpu(kind):
+        versions = {case.name: case.versions("gpu", jnp.bfloat16) for case in _selftest.cases()}
+        (dense,) = (case for case in _selftest.cases() if case.name == "gated_state_read, matrices")
+        assert "gpu" not in dense.versions("gpu", jnp.float32)
+    checked = {name for name, names in versions.items() if "gpu" in names}
+    forms = {"chunk_memory, linear", "chunk_memory, swla", "chunk_memory, delta"}
+    assert checked == (forms | {"gated_state_read, matrices"} if hopper else forms)

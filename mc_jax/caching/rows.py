@@ -18,6 +18,7 @@ from mc_jax.caching.prefill import cache_after
 from mc_jax.caching.reading import Cached, Routing, choose, combine
 from mc_jax.caching.settings import Settings
 from mc_jax.memories import Coefficients, Layout
+from pallas_kernels._kept import keep
 from pallas_kernels._state import OnlineState, Weights, state_dtype
 
 
@@ -214,11 +215,13 @@ def _read(
     gates = None
     if AGGREGATIONS[settings.aggregation].gates is not None:
         eligible = segments.eligible(document_ids, owners, settings.segment_length, first_segment)
-        gates = choose(settings, scores, eligible, cached, top_k)
+        gates = keep(choose(settings, scores, eligible, cached, top_k))
     mixable = mixable_of(settings, memory)
     if mixable is None:
         y = combine(memory, q, run.reads, gates, cached.states, readable_in)
     else:
         assert isinstance(gates, Gates)
         y = mixable.run_mixed(q, k, v, coefficients, layout, *gates, cached.states, readable_in)
+    if gates is not None:
+        y = keep(y)
     return _Found(y.astype(v.dtype), gates, run.final, cached, pooled, routing, log_retention, document_ids)

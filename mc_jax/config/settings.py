@@ -12,6 +12,7 @@ AggregationName = Literal["none", "residual", "gated", "soup", "sparse", "averag
 Segmentation = Literal["constant", "logarithmic"]
 SegmentInit = Literal["checkpoint", "independent"]
 LayerKind = Literal["memory", "attention", "window"]
+Remat = Literal["none", "states", "blocks", "offload"]
 
 
 class ConfigError(ValueError):
@@ -104,6 +105,9 @@ class TrainingConfig:
     """Largest global norm of the gradient."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of activations; weights stay float32. None: float32 on CPU, bfloat16 elsewhere."""
+    remat: Remat = "none"
+    """What a block computes again for its gradient: "none", "states" (all but runs and reads of memories),
+    "blocks" (all, from its input), "offload" (the same, inputs waiting in the host's memory)."""
     seed: int = 0
     """Seeds initial weights and the order of rows."""
     checkpoint_every: int = 100

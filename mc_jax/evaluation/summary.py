@@ -21,10 +21,15 @@ _TOP_P = 0.95
 def summarize_run(run_dir: epath.PathLike) -> dict[str, float] | None:
     """Write `report.html` into a run's folder; return the held-out result, None without held-out data.
 
+    Of several processes, which must all call it, the first one does the work on a device of its own, as a
+    single process would; the others have no result.
+
     Raises:
       ValueError: no such run, or one without a checkpoint.
     """
     run = load_run(run_dir)
+    if jax.process_index() > 0:
+        return None
     held_out = None if run.dataset.held_out is None else evaluate_held_out(run)
     metrics = read_metrics(run.folder)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(run.model)))
@@ -53,7 +58,7 @@ def summarize_run(run_dir: epath.PathLike) -> dict[str, float] | None:
             "optimizer steps": f"{run.step:,}",
             "tokens seen": f"{metrics[-1]['tokens']:,}" if metrics else "0",
             "training time": f"{metrics[-1]['seconds']:.0f} s" if metrics else "0 s",
-            "device": jax.devices()[0].device_kind,
+            "device": jax.local_devices()[0].device_kind,
             "sampling": f"temperature {_TEMPERATURE}, top-p {_TOP_P}",
         },
     )

@@ -11,6 +11,8 @@ from flax import nnx
 
 from mc_jax.nn.mixer import Dtype
 from mc_jax.parallel import constrain
+from mc_jax.parallel.attention import attend
+from pallas_kernels._kept import keep
 
 _ROTARY_BASE = 10_000.0
 
@@ -31,8 +33,8 @@ class AttentionCache:
 class Attention(nnx.Module):
     """Global, or sliding-window, attention [B, T, D] -> [B, T, D].
 
-    Where devices share a row, each has the queries of its own tokens, and gathers the keys and values of all:
-    unlike a memory, attention moves every key and value between devices.
+    Where devices share a row, each gathers the keys and values of all its tokens: unlike a memory, attention
+    moves every one of them. On a TPU each gathers the queries too, and attends for all tokens.
     """
 
     def __init__(self, model_dim: int, *, num_heads: int, window: int | None, dtype: Dtype, rngs: nnx.Rngs):
@@ -83,12 +85,7 @@ class Attention(nnx.Module):
         return _rotate(q, positions), _rotate(k, positions), v
 
     def _attend(self, x, q, k, v, document_ids) -> jax.Array:
-        mask = None
-        if document_ids is not None:
-            mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
-        window = None if self.window is None else (self.window - 1, 0)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, local_window_size=window)
-        return self.output(y.reshape(x.shape))
+        return self.output(keep(attend(q, k, v, document_ids, self.window)).reshape(x.shape))
 
 
 def _rotate(x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -12,11 +12,13 @@ from flax import nnx
 
 from mc_jax import caching
 from mc_jax.caching.aggregations import Gates, Selection
-from mc_jax.config import LayerKind, ModelConfig
+from mc_jax.config import LayerKind, ModelConfig, Remat
 from mc_jax.nn.block import Block
 from mc_jax.nn.mixer import Dtype
 from mc_jax.nn.norm import RMSNorm
+from mc_jax.nn.remat import rematerialize
 from mc_jax.parallel import constrain
+from mc_jax.parallel.parameters import gather_layer
 
 
 class LanguageModel(nnx.Module):
@@ -50,12 +52,33 @@ class LanguageModel(nnx.Module):
           document_ids: [B, T] or None; packed documents do not see each other.
           top_k: a traced scalar in place of the config's, while that is annealed; None: the config's.
         """
+        x = self.features(tokens, document_ids, top_k)
+        logits = jnp.einsum("btd,vd->btv", x, self.output_map.astype(self.dtype))
+        return constrain(logits.astype(jnp.float32), "batch", "tokens")
+
+    def features(
+        self,
+        tokens: jax.Array,
+        document_ids: jax.Array | None = None,
+        top_k: jax.Array | None = None,
+        *,
+        remat: Remat = "none",
+    ) -> jax.Array:
+        """What the output map gets [B, T, D], in the dtype of activations; arguments as of a call.
+
+        `remat` is what blocks save for their gradient (`mc_jax.nn.remat`); it changes no number.
+        """
 
         def apply(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
             return constrain(block(x, document_ids, top_k)[0], "batch", "tokens"), None
 
-        x, _ = self._scan(apply, constrain(self._embed(tokens), "batch", "tokens"))
-        return constrain(self._logits(x), "batch", "tokens")
+        x, _ = self._scan(apply, constrain(self._embed(tokens), "batch", "tokens"), remat=remat)
+        return self.norm(x)
+
+    @property
+    def output_map(self) -> jax.Array:
+        """From features to logits [vocabulary, D], float32: the embedding, if they are tied."""
+        return self.embedding[...] if self.head is None else self.head.kernel[...].T
 
     def read_gates(self, tokens: jax.Array) -> Gates | None:
         """What each token reads in the layers with a memory: gates [layers, B, T, H(, N)].
@@ -111,28 +134,37 @@ class LanguageModel(nnx.Module):
         return self.embedding[...].astype(self.dtype)[tokens]
 
     def _scan(
-        self, apply: Callable[[Block, jax.Array, Any], Any], x: jax.Array, per_layer: Any = None
+        self,
+        apply: Callable[[Block, jax.Array, Any], Any],
+        x: jax.Array,
+        per_layer: Any = None,
+        *,
+        remat: Remat = "none",
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """Pass x through all layers; what each keeps is stacked, one pytree for each place of the pattern."""
         places = range(len(self.config.layer_pattern))
         parts = [nnx.split(getattr(self, f"blocks_{place}")) for place in places]
         per_layer = tuple(None for _ in places) if per_layer is None else per_layer
 
+        # A loop of one turn is none, for the compiler.
+        one = self.config.num_layers == len(places)
+
         def repetition(x, scanned):
             kept = []
             for (graph, _), parameters, value in zip(parts, *scanned, strict=True):
-                x, keep = apply(nnx.merge(graph, parameters), x, value)
+
+                def block(x, parameters, value, graph=graph):
+                    return apply(nnx.merge(graph, gather_layer(parameters, self.dtype)), x, value)
+
+                x, keep = rematerialize(block, remat, prevent_cse=one)(x, parameters, value)
                 kept.append(keep)
             return x, tuple(kept)
 
         return jax.lax.scan(repetition, x, (tuple(parameters for _, parameters in parts), per_layer))
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        x = self.norm(x)
-        if self.head is None:
-            logits = jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(self.dtype))
-        else:
-            logits = self.head(x)
+        """Of x before the last norm [B, D], in decoding."""
+        logits = jnp.einsum("bd,vd->bv", self.norm(x), self.output_map.astype(self.dtype))
         return logits.astype(jnp.float32)
 
 

@@ -5,14 +5,19 @@ stream ("model") is divided among the devices that share a batch; the other side
 features, among those that share a row.
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from mc_jax.parallel.rules import WHERE_IT_DIVIDES, axes_of, is_sharded, spec
 
 _FROM_MODEL = ("model", "heads")
+_SHARED_BY_BATCH = ("model", "hidden")
+GATHERED = "gathered_weights"
+"""For policies of `jax.checkpoint`: what `gather_layer` brought together."""
 _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocab", "model"),
     "head.kernel": ("model", "vocab"),
@@ -62,21 +67,73 @@ def constrain_tree[T](tree: T) -> T:
     )
 
 
+def gather_layer[T](parameters: T, dtype: Any) -> T:
+    """A layer's parameters as its devices use them, in a traced program.
+
+    What a row's devices share stays divided; what the devices of a batch share is brought together, in the
+    dtype of the products where nothing else uses it. Gradients go the opposite way. That is said out loud:
+    the compiler would rather multiply while it passes weights round in a ring, in loops of small products.
+
+    Args:
+      parameters: nested dicts of one block's arrays, without the axis of layers.
+      dtype: of activations.
+    """
+
+    def gather(path, leaf):
+        name = ".".join(_keys(path))
+        # Maps to coefficients multiply in float32.
+        narrow = leaf.astype(dtype) if name.endswith(".kernel") and ".map." not in name else leaf
+        if not is_sharded():
+            return narrow
+        divided = _divided(_dimensions(name), leaf.shape)
+        whole = [None if dimension in _SHARED_BY_BATCH else dimension for dimension in divided]
+        return checkpoint_name(_moved(narrow, spec(*divided), spec(*whole)), GATHERED)
+
+    return jax.tree_util.tree_map_with_path(gather, parameters)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: jax.Array, there: jax.P, here: jax.P) -> jax.Array:
+    """X, which lies as `there` says, as `here` says; its gradient goes the other way."""
+    return jax.lax.with_sharding_constraint(x, here)
+
+
+_moved.defvjp(
+    lambda x, there, here: (_moved(x, there, here), None),
+    # Summed first, divided then: said in one word, it would be a ring of small products again.
+    lambda there, here, _, bar: (
+        jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(bar, here), there),
+    ),
+)
+
+
 def _spec(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.P:
     # The optimizer's moments are at paths that end as their parameters' do.
-    keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    keys = _keys(path)
     if not keys:
         assert not shape, "only scalars are no parameters"
         return jax.P()
     is_layer = keys[0].startswith("blocks_")
-    name = ".".join(keys[is_layer:])
+    dimensions = _dimensions(".".join(keys[is_layer:]))
+    return spec(*_divided((None, *dimensions) if is_layer else dimensions, shape))
+
+
+def _keys(path: tuple[Any, ...]) -> list[str]:
+    return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+
+
+def _dimensions(name: str) -> tuple[str | None, ...]:
     if name not in _DIMENSIONS:
         raise ValueError(f"where does parameter {name} lie? name its dimensions in mc_jax/parallel")
-    dimensions = (None, *_DIMENSIONS[name]) if is_layer else _DIMENSIONS[name]
-    assert len(dimensions) == len(shape), f"{name} has dimensions {dimensions} and shape {shape}"
+    return _DIMENSIONS[name]
+
+
+def _divided(dimensions: tuple[str | None, ...], shape: tuple[int, ...]) -> list[str | None]:
+    """The names, without those of dimensions that the mesh does not divide and that may stay whole."""
+    assert len(dimensions) == len(shape), f"dimensions {dimensions} of shape {shape}"
     sizes = jax.sharding.get_abstract_mesh().shape
     kept = []
     for dimension, size in zip(dimensions, shape, strict=True):
         parts = math.prod(sizes[axis] for axis in axes_of(dimension))
         kept.append(None if dimension in WHERE_IT_DIVIDES and size % parts else dimension)
-    return spec(*kept)
+    return kept

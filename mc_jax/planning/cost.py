@@ -32,6 +32,8 @@ class Kernel:
 
     name: str
     """As given to `pallas_call`."""
+    operation: str
+    """Its name in the program."""
     calls: int
     """How often it runs."""
     bundles: float
@@ -84,7 +86,9 @@ def keep_schedules() -> None:
     if _schedules is None:
         _schedules = Path(tempfile.mkdtemp(prefix="schedules"))
         atexit.register(shutil.rmtree, _schedules, ignore_errors=True)
+        # Without the last, what every pass makes is written: gigabytes of a whole step.
         flags = f"--xla_jf_dump_to={_schedules} --xla_jf_dump_llo_text=true"
+        flags += " --xla_jf_dump_llo_pass_label_regex=final_bundles"
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
         quiet_libtpu()
 
@@ -106,9 +110,7 @@ def cost_of(
       turns: for a kernel's name the mean turns of each of its loops that decides them while it runs; 1 if
         nothing is said.
     """
-    assert _schedules is not None
-    for path in _schedules.iterdir():
-        path.unlink()
+    forget_schedules()
     described = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
     mesh = jax.sharding.Mesh(described.devices[:1], "chip", axis_types=(AxisType.Auto,))
     anyhow = Format(Layout.AUTO, jax.NamedSharding(mesh, jax.P()))
@@ -118,6 +120,31 @@ def cost_of(
     assert text is not None
     assert memory is not None
     found = tuple(operations(text))
+    return Cost(
+        chip=CHIPS[chip],
+        operations=tuple(operation for operation in found if not operation.is_kernel),
+        kernels=kernels_of(found, turns),
+        temporary=memory.temp_size_in_bytes,
+    )
+
+
+def forget_schedules() -> None:
+    """Delete what libtpu has written, before something is compiled whose kernels may have the same names."""
+    assert _schedules is not None
+    for path in _schedules.iterdir():
+        path.unlink()
+
+
+def has_schedules() -> bool:
+    """Whether libtpu writes schedules down, and has written some."""
+    return _schedules is not None and any(_schedules.iterdir())
+
+
+def kernels_of(
+    found: Iterable[Operation],
+    turns: Callable[[str], Iterable[float]] = lambda kernel: itertools.repeat(1.0),
+) -> tuple[Kernel, ...]:
+    """Return the kernels of the program that was compiled last; `turns` is as in `cost_of`."""
     calls = Counter()
     for operation in found:
         if operation.is_kernel:
@@ -125,21 +152,22 @@ def cost_of(
     kernels = []
     for name, times in calls.items():
         loop = _schedule(name)
-        pallas_name = _TRANSFORMED.sub("", name.partition(".")[0]).strip("_")
+        pallas_name = kernel_name(name)
         kernels.append(
             Kernel(
                 name=pallas_name,
+                operation=name,
                 calls=times,
                 bundles=loop.cycles(iter(turns(pallas_name))),
                 copied=loop.bytes(iter(turns(pallas_name))),
             )
         )
-    return Cost(
-        chip=CHIPS[chip],
-        operations=tuple(operation for operation in found if not operation.is_kernel),
-        kernels=tuple(kernels),
-        temporary=memory.temp_size_in_bytes,
-    )
+    return tuple(kernels)
+
+
+def kernel_name(operation: str) -> str:
+    """Return the name given to `pallas_call` of an operation's name."""
+    return _TRANSFORMED.sub("", operation.partition(".")[0]).strip("_")
 
 
 def _schedule(operation: str) -> Loop:

@@ -1,17 +1,34 @@
 """The operations of a compiled program: how often each runs, and the compiler's estimate of its time."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
+
+from mc_jax.planning._products import products_of
 
 _HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-<>]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<kind>[a-z][a-z0-9\-]*)\(")
 _WHILE = re.compile(r"condition=%?([\w.\-<>]+), body=%?([\w.\-<>]+)")
 _CALLED = re.compile(r"(?:to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|\S+)")
-_LIMIT = re.compile(r" s32\[\]\S* constant\((\d+)\)")
+_FUSED = re.compile(r" calls=%?([\w.\-<>]+)")
+_LIMIT = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
+_ROW = re.compile(r'^(\d+) (?:"(?P<text>[^"]*)"|\{(?P<fields>[^}]*)\})')
 _OVERFLOW = 2**62  # an estimate that overflowed is printed as some 2^63
+_COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(-start)?\(")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frame:
+    """A line of the Python program that an operation was traced at."""
+
+    file: str
+    """Its path."""
+    function: str
+    """Its qualified name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +49,17 @@ class Operation:
     """Of one run, by the compiler's estimate; 0 where it gives none, as of kernels."""
     is_kernel: bool
     """A Pallas kernel."""
+    frames: tuple[Frame, ...] = ()
+    """Where it was traced, the inmost first, as far as JAX keeps them."""
+    products: float = 0.0
+    """FLOPs of the matrix products in it, of one run."""
+    collective: str | None = None
+    """The text of the operation in it that sends to other devices, if there is one."""
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether it belongs to a gradient."""
+        return "transpose(" in self.source
 
 
 def operations(text: str) -> Iterator[Operation]:
@@ -39,8 +67,77 @@ def operations(text: str) -> Iterator[Operation]:
 
     Of a conditional all branches count. A `jax.lax.scan` is a loop whose counter is compared with a constant.
     """
-    computations, entry = _computations(text)
-    yield from _operations(computations, entry, 1)
+    program = _Program(text)
+    yield from program.operations(program.entry, 1)
+
+
+class _Program:
+    def __init__(self, text: str):
+        self.computations, self.entry = _computations(text)
+        self._frames = _Frames(text)
+
+    def operations(self, name: str, times: int) -> Iterator[Operation]:
+        for line in self.computations.get(name, ()):
+            operation = _OPERATION.match(line)
+            if operation is None:
+                continue
+            kind = operation["kind"]
+            if kind == "while":
+                found = _WHILE.search(line)
+                assert found is not None
+                condition, body = found.groups()
+                limits = [int(limit) for limit in _LIMIT.findall("\n".join(self.computations[condition]))]
+                yield from self.operations(body, times * max(limits, default=1))
+            elif kind in ("call", "conditional"):
+                for called in re.findall(r"[\w.\-<>]+", " ".join(_CALLED.findall(line))):
+                    yield from self.operations(called, times)
+            else:
+                cycles, source = _CYCLES.search(line), _SOURCE.search(line)
+                estimate = int(cycles[1]) if cycles else 0
+                frame = _FRAME.search(line)
+                fused = _FUSED.search(line)
+                yield Operation(
+                    name=operation["name"],
+                    kind=kind,
+                    shape=operation["shape"],
+                    source=source[1] if source else "",
+                    times=times,
+                    cycles=estimate if estimate < _OVERFLOW else 0,
+                    is_kernel='custom_call_target="tpu_custom_call"' in line,
+                    frames=self._frames.of(int(frame[1])) if frame else (),
+                    products=self._products(fused[1]) if fused else products_of(line, self._shapes(name)),
+                    collective=self._collective(fused[1])
+                    if fused
+                    else line
+                    if _COLLECTIVE.search(line)
+                    else None,
+                )
+
+    @functools.cache  # noqa: B019 - a program lives as long as what is read off it
+    def _products(self, name: str) -> float:
+        """FLOPs of the matrix products of a fused computation."""
+        total = 0.0
+        for line in self.computations.get(name, ()):
+            fused = _FUSED.search(line)
+            total += self._products(fused[1]) if fused else products_of(line, self._shapes(name))
+        return total
+
+    @functools.cache  # noqa: B019
+    def _collective(self, name: str) -> str | None:
+        """The line of a fused computation that sends."""
+        for line in self.computations.get(name, ()):
+            fused = _FUSED.search(line)
+            found = self._collective(fused[1]) if fused else line if _COLLECTIVE.search(line) else None
+            if found:
+                # A sum that is divided at once is a reduce-scatter, which this compiler writes as a fusion.
+                is_divided = "scatter" in name and " all-reduce(" in found
+                return found.replace(" all-reduce(", " reduce-scatter-of(") if is_divided else found
+        return None
+
+    @functools.cache  # noqa: B019
+    def _shapes(self, name: str) -> dict[str, str]:
+        found = (_OPERATION.match(line) for line in self.computations.get(name, ()))
+        return {operation["name"]: operation["shape"] for operation in found if operation}
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -58,30 +155,35 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _operations(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Operation]:
-    for line in computations.get(name, ()):
-        operation = _OPERATION.match(line)
-        if operation is None:
-            continue
-        kind = operation["kind"]
-        if kind == "while":
-            found = _WHILE.search(line)
-            assert found is not None
-            condition, body = found.groups()
-            limits = [int(limit) for limit in _LIMIT.findall("\n".join(computations[condition]))]
-            yield from _operations(computations, body, times * max(limits, default=1))
-        elif kind in ("call", "conditional"):
-            for called in re.findall(r"[\w.\-<>]+", " ".join(_CALLED.findall(line))):
-                yield from _operations(computations, called, times)
-        else:
-            cycles, source = _CYCLES.search(line), _SOURCE.search(line)
-            estimate = int(cycles[1]) if cycles else 0
-            yield Operation(
-                name=operation["name"],
-                kind=kind,
-                shape=operation["shape"],
-                source=source[1] if source else "",
-                times=times,
-                cycles=estimate if estimate < _OVERFLOW else 0,
-                is_kernel='custom_call_target="tpu_custom_call"' in line,
+class _Frames:
+    """The tables at the head of a program that tell where its operations were traced."""
+
+    def __init__(self, text: str):
+        self._tables: dict[str, dict[int, str]] = {}
+        table: dict[int, str] = {}
+        for line in text.splitlines():
+            if _HEAD.match(line):
+                break
+            if line.strip() in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+                table = self._tables.setdefault(line.strip(), {})
+            elif row := _ROW.match(line):
+                table[int(row[1])] = row["text"] if row["fields"] is None else row["fields"]
+
+    def of(self, frame: int) -> tuple[Frame, ...]:
+        found = []
+        while row := self._tables.get("StackFrames", {}).get(frame):
+            fields = _numbers(row)
+            location = _numbers(self._tables["FileLocations"][fields["file_location_id"]])
+            found.append(
+                Frame(
+                    file=self._tables["FileNames"][location["file_name_id"]],
+                    function=self._tables["FunctionNames"][location["function_name_id"]],
+                )
             )
+            # Counted from 1, where rows of the table are counted from 0: 1 is none.
+            frame = fields.get("parent_frame_id", 1) - 1
+        return tuple(found)
+
+
+def _numbers(fields: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", fields)}

@@ -6,13 +6,17 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from mc_jax.training._buckets import absolute
 from mc_jax.training.step import TrainState
 
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints of a run folder; a context manager that waits for the last write."""
+    """The checkpoints of a run folder; a context manager that waits for the last write.
+
+    Of several processes each writes and reads what its devices hold, and all must make the same calls.
+    """
 
     def __init__(self, run_dir: epath.Path, *, every: int = 1, keep: int | None = None):
         """Open, and make where missing, the checkpoints of a run.
@@ -26,7 +30,7 @@ class Checkpoints:
         save: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(every)
         preserve: Any = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            (run_dir / CHECKPOINTS_FOLDER).resolve(),  # Orbax wants it absolute
+            absolute(run_dir / CHECKPOINTS_FOLDER),  # Orbax wants it so
             save_decision_policy=save,
             preservation_policy=preserve,
             cleanup_tmp_directories=True,

@@ -2,33 +2,39 @@
 
 import math
 import time
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
 from mc_jax.config import Config, document_alignment, validate
-from mc_jax.data.dataset import open_data
 from mc_jax.data.pipeline import training_batches
 from mc_jax.parallel import local_rows, make_mesh, must_fit, on_mesh
 from mc_jax.training import run
 from mc_jax.training.checkpoint import Checkpoints
 from mc_jax.training.metrics import MetricsLog, read_metrics
 from mc_jax.training.optimizer import annealed_top_k, learning_rate, make_optimizer
+from mc_jax.training.preemption import Preemption
 from mc_jax.training.progress import Progress
 from mc_jax.training.step import make_step
+from mc_jax.training.watchdog import Watchdog
 
 
-def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -> None:
+def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -> int:
     """Train to the config's last step, going on from the newest complete checkpoint in `run_dir`.
 
     The batch of a step is a function of seed and step, so a run that was killed and started again ends
-    as one that was not.
+    as one that was not. All processes of `processes.joined` call this alike; the first one alone tells and
+    writes what the run does.
 
     Args:
       config: what to train.
       run_dir: the run's folder; made if missing.
       overwrite: start anew, whatever run the folder holds.
+
+    Returns:
+      The step of the last checkpoint: the config's last step, or an earlier one after a SIGTERM.
 
     Raises:
       ValueError: contradictory settings, a mesh that does not fit, data that is not there, or a folder that
@@ -39,11 +45,8 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
     must_fit(mesh, config)
     run_dir = epath.Path(run_dir)
     settings = config.training
-    run.must_be_free(run_dir, config, overwrite=overwrite)
-    dataset = open_data(config.data, None if overwrite else run_dir / run.TOKENIZER_FILE)
-    if overwrite and run_dir.exists():
-        run_dir.rmtree()
-    run.write_settings(run_dir, config, dataset)
+    dataset = run.prepare(run_dir, config, overwrite=overwrite)
+    is_first = jax.process_index() == 0
 
     tokens_per_step = settings.batch_size * config.data.context_length
     # Loss is per token; bits per byte needs the corpus's mean length of a token.
@@ -51,10 +54,11 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
 
     with (
         jax.set_mesh(mesh),
+        Preemption() as preemption,  # outside: no second signal may disturb the last checkpoint
         Checkpoints(run_dir, every=settings.checkpoint_every, keep=settings.keep_checkpoints) as checkpoints,
     ):
         graph, like = run.abstract_state(config, dataset.tokenizer.vocab_size)
-        step_fn = make_step(graph, make_optimizer(settings), settings.accumulation)
+        step_fn = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(like.parameters))
         start = checkpoints.latest() or 0
         if start:
@@ -63,6 +67,7 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
             _, state = run.new_state(config, dataset.tokenizer.vocab_size)
         title = f"{run_dir.name}: {parameters / 1e6:.2f} M parameters, {len(dataset.train)} documents"
         title += f", {mesh.size} devices" if mesh.size > 1 else ""
+        title += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         title += f", going on from step {start}" if start else ""
         batches = training_batches(
             dataset.train,
@@ -74,10 +79,11 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
             rows=local_rows(settings.batch_size),
         )
         with (
-            MetricsLog(run_dir, start) as log,
-            Progress(settings.steps, start, title) as progress,
+            MetricsLog(run_dir, start) if is_first else nullcontext() as log,
+            Progress(settings.steps, start, title) if is_first else nullcontext() as progress,
+            Watchdog() as watchdog,
         ):
-            earlier = read_metrics(run_dir)
+            earlier = read_metrics(run_dir) if is_first else []
             seconds = earlier[-1]["seconds"] if earlier else 0.0
             clock = time.perf_counter()
 
@@ -96,8 +102,10 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
                     "tokens_per_second": tokens_per_step / took,
                     "seconds": seconds,
                 }
-                log.write(line)
-                progress.update(line)
+                watchdog.done(step)
+                if log is not None and progress is not None:
+                    log.write(line)
+                    progress.update(line)
                 if not math.isfinite(loss):
                     raise FloatingPointError(
                         f"the loss of step {step} is {loss}; lower training.learning_rate and start again"
@@ -115,6 +123,10 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
                 if pending is not None:
                     record(*pending)
                 pending = step, rate, metrics
-                checkpoints.save(step, state, force=step == settings.steps)
+                is_last = preemption.stops_at(step) or step == settings.steps
+                checkpoints.save(step, state, force=is_last)
+                if is_last:
+                    break
             if pending is not None:
                 record(*pending)
+    return start if pending is None else pending[0]

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from etils import epath
 
+from mc_jax.training._buckets import GrowingFile
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -19,8 +21,8 @@ class MetricsLog:
     """Appends a run's metrics; a context manager.
 
     Opened at `start_step` k it first drops what an interrupted run wrote after step k, so a resumed run has
-    one line a step, and tells TensorBoard to do the same. Every line is flushed: a kill loses at most the
-    line it hits.
+    one line a step, and tells TensorBoard to do the same. On a disk a kill loses at most the line it hits, in
+    a bucket those of half a minute.
 
     Args:
       run_dir: The run's folder; made where it is missing.
@@ -38,7 +40,7 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_lines_after(run_dir, start_step)
         self._last_step = start_step
-        self._file = (run_dir / METRICS_FILE).open("a")
+        self._file = GrowingFile(run_dir / METRICS_FILE)
         # TensorBoard hides events from purge_step on that older files hold. The suffix keeps two runs that
         # start within one second from writing the same file.
         self._tensorboard = SummaryWriter(
@@ -68,7 +70,6 @@ class MetricsLog:
         self._last_step = step
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
         for name, value in values.items():
             if name != "step":
                 self._tensorboard.add_scalar(f"training/{name}", value, global_step=step)

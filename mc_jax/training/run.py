@@ -15,6 +15,7 @@ from mc_jax.data.dataset import Dataset, open_data
 from mc_jax.nn import LanguageModel
 from mc_jax.parallel import has_mesh
 from mc_jax.parallel.parameters import shardings
+from mc_jax.parallel.processes import first_decides, must_agree
 from mc_jax.training.checkpoint import Checkpoints
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.step import TrainState, init_state, merge_model, split_model
@@ -34,6 +35,35 @@ class Run:
     model: LanguageModel
     step: int
     """Finished steps of the checkpoint."""
+
+
+def prepare(run_dir: epath.Path, config: Config, *, overwrite: bool) -> Dataset:
+    """Open a run's data and make its folder; process 0 decides and writes, and the others go with it.
+
+    Raises:
+      ValueError: `must_be_free` or `open_data` says no, or the processes differ in their settings or in what
+        they see of the folder. Nothing is written in these cases, but in the last one.
+    """
+    dataset = None
+
+    def make() -> None:
+        nonlocal dataset
+        must_be_free(run_dir, config, overwrite=overwrite)
+        dataset = open_data(config.data, None if overwrite else run_dir / TOKENIZER_FILE)
+        if overwrite and run_dir.exists():
+            run_dir.rmtree()
+        write_settings(run_dir, config, dataset)
+
+    must_agree("settings", f"{run_dir} {overwrite} {configs.to_json(config)}")
+    first_decides(make)
+    if dataset is None:
+        if not (run_dir / CONFIG_FILE).exists():
+            raise ValueError(
+                f"process {jax.process_index()} does not see {run_dir / CONFIG_FILE}, which process 0 has; "
+                "set --runs-dir to a folder on a file system that all processes share"
+            )
+        dataset = open_data(config.data, run_dir / TOKENIZER_FILE)
+    return dataset
 
 
 def must_be_free(run_dir: epath.Path, config: Config, *, overwrite: bool) -> None:
@@ -84,7 +114,7 @@ def new_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, TrainState
     On the mesh of `jax.set_mesh` every device draws its own part of the state; without one it lies on the
     default device.
     """
-    graph, draw = _drawing(config, vocab_size)
+    graph, draw = drawing(config, vocab_size)
     where = shardings(jax.eval_shape(draw)) if has_mesh() else None
     return graph, jax.jit(draw, out_shardings=where)()
 
@@ -94,14 +124,16 @@ def abstract_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Train
 
     It needs a mesh, whose devices need not be here.
     """
-    graph, draw = _drawing(config, vocab_size)
+    graph, draw = drawing(config, vocab_size)
     state = jax.eval_shape(draw)
     return graph, jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state)
     )
 
 
-def _drawing(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
+def drawing(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
+    """The model's static part, and the function that draws the training state before the first step."""
+
     def build():
         rngs = nnx.Rngs(params=config.training.seed)
         return LanguageModel(config.model, vocab_size, dtype=activation_dtype(config), rngs=rngs)
@@ -112,7 +144,9 @@ def _drawing(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Callable[[]
 
 
 def load_run(run_dir: epath.PathLike) -> Run:
-    """Read a run's config, tokenizer, data and newest checkpoint.
+    """Read a run's config, tokenizer, data and newest checkpoint; the model lies on this process's device.
+
+    Several processes must all call it.
 
     Raises:
       ValueError: no run there, or one without a checkpoint.

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from mc_jax.config import Remat
 from mc_jax.parallel import constrain
+from mc_jax.parallel.cross_entropy import cross_entropy
 from mc_jax.parallel.parameters import constrain_tree
 
 type Parameters = dict[str, Any]
@@ -44,23 +46,29 @@ def init_state(parameters: Parameters, optimizer: optax.GradientTransformation) 
     return TrainState(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
 
 
-def token_losses(model: Any, batch: Batch, top_k: jax.Array | None = None) -> jax.Array:
+def token_losses(
+    model: Any, batch: Batch, top_k: jax.Array | None = None, *, remat: Remat = "none"
+) -> jax.Array:
     """Cross-entropy of each target in nats [rows, T], float32, 0 where the loss mask is.
 
-    `top_k`, a traced scalar, takes the place of the model's while that is annealed.
+    `top_k`, a traced scalar, takes the place of the model's while that is annealed; `remat` is what blocks
+    save for their gradient.
     """
-    logits = model(batch["inputs"], batch["document_ids"], top_k)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    return losses * batch["loss_mask"]
+    x = model.features(batch["inputs"], batch["document_ids"], top_k, remat=remat)
+    return cross_entropy(x, model.output_map, jnp.asarray(batch["targets"])) * batch["loss_mask"]
 
 
 def make_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, accumulation: int
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    accumulation: int,
+    remat: Remat = "none",
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The compiled step: (state, batch, learning rate, top_k=None) -> (state, {"loss", "grad_norm"}).
 
     The loss is the mean over the whole batch's tokens in nats, whatever `accumulation` (the parts that a
-    batch is cut into to save memory). The state that is passed in is given up to the new one.
+    batch is cut into to save memory) and `remat` (what blocks save for their gradient). The state that is
+    passed in is given up to the new one.
     """
 
     def step(state: TrainState, batch: Batch, rate: jax.Array, top_k: jax.Array | None = None):
@@ -68,7 +76,7 @@ def make_step(
 
         @jax.value_and_grad
         def value_and_grad(parameters: Parameters, part: Batch) -> jax.Array:
-            return jnp.sum(token_losses(merge_model(graph, parameters), part, top_k)) / tokens
+            return jnp.sum(token_losses(merge_model(graph, parameters), part, top_k, remat=remat)) / tokens
 
         if accumulation == 1:
             loss, gradients = value_and_grad(state.parameters, batch)

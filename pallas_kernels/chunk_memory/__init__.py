@@ -6,14 +6,15 @@ B batch, T tokens, S segments, H heads, K key dim, V value dim.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._platform import on_tpu
+from pallas_kernels._platform import on_tpu, platform
 from pallas_kernels._state import OnlineState
 from pallas_kernels._step import memory_step
-from pallas_kernels.chunk_memory import reference, tpu, xla
+from pallas_kernels.chunk_memory import gpu, reference, tpu, xla
 
 __all__ = ["chunk_memory", "memory_step"]
 
 _IMPLEMENTATIONS = {
+    "gpu": gpu.chunk_memory,
     "reference": reference.chunk_memory,
     "tpu": tpu.chunk_memory,
     "xla": xla.chunk_memory,
@@ -73,8 +74,9 @@ def chunk_memory(
         anew from the initial state. For titans documents must start at multiples of chunk_length.
       lengths: [B] integers, tokens of each row that are written; reads after them are finite but mean
         nothing. None: all.
-      implementation: "tpu" (titans in chunks of 128 tokens at most), "xla" or "reference"; None picks the
-        best for the platform of the mesh that is set (`jax.set_mesh`), or else of the default device. "tpu"
+      implementation: "tpu" (titans in chunks of 128 tokens at most), "gpu" (XLA's products, many segments
+        side by side; not titans), "xla" or "reference"; None picks the best for the platform of the mesh
+        that is set (`jax.set_mesh`), or else of the default device; "gpu" was never measured. "tpu"
         is float32 and bfloat16, for linear and swla takes a retention below 2^-64 for that and gives it no
         gradient (which goes through the logarithm), and is not split over devices by itself: it belongs in a
         `jax.shard_map` over batch and heads.
@@ -112,10 +114,14 @@ def chunk_memory(
             and on_tpu(q)
             and tpu.has_kernel(q, v, rule=rule, segment_length=segment_length, chunk_length=chunk_length)
         )
-        implementation = "tpu" if kernel else "xla"
-    if implementation == "tpu" and start is not None:
-        raise ValueError("no kernel for TPUs goes on from a start; leave implementation out, or choose 'xla'")
-    further = {} if implementation == "tpu" else {"start": start}
+        side_by_side = start is None and platform() == "gpu" and gpu.is_best(q, rule)
+        implementation = "tpu" if kernel else "gpu" if side_by_side else "xla"
+    takes_start = implementation in ("xla", "reference")
+    if start is not None and not takes_start:
+        raise ValueError(
+            f"implementation {implementation!r} goes on from no start; leave it out, or choose 'xla'"
+        )
+    further = {"start": start} if takes_start else {}
     return _IMPLEMENTATIONS[implementation](
         q,
         k,

@@ -3,6 +3,8 @@
 R rows, N chunks, H heads, C chunk, K key dim, V value dim.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -10,9 +12,20 @@ from pallas_kernels._chunks import Tokens, product, scaled
 from pallas_kernels._decay import decay_matrix
 from pallas_kernels._state import OnlineState
 
+type Carry = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+"""From the state before, what every chunk writes and keeps, to the state after every chunk."""
+
 
 def linear_segment(state: OnlineState, tokens: Tokens, initial: jax.Array) -> tuple[OnlineState, jax.Array]:
-    """Return the state after a segment and its reads [R, N, H, C, V].
+    """Return the state after a segment and its reads [R, N, H, C, V]: `linear_chunks` in a loop."""
+    state, reads, _ = linear_chunks(state, tokens, initial, carry_in_turn)
+    return state, reads
+
+
+def linear_chunks(
+    state: OnlineState, tokens: Tokens, initial: jax.Array, carry: Carry
+) -> tuple[OnlineState, jax.Array, jax.Array]:
+    """Return the state after N chunks, their reads [R, N, H, C, V], the weights after each [R, N, H, K, V].
 
     Per chunk, with W_ij the weight of token j's value in the state after token i and A the retention since
     the chunk's start: O = (Q K^T o W) V + A Q M_0 and M_C = A_C M_0 + (W_C K)^T V. For linear W = D, the
@@ -22,6 +35,7 @@ def linear_segment(state: OnlineState, tokens: Tokens, initial: jax.Array) -> tu
       state: the state before; weights [R, H, K, V].
       tokens: the segment.
       initial: what documents start from [R, H, K, V].
+      carry: how the state goes from chunk to chunk.
     """
     weights = state.weights
     assert isinstance(weights, jax.Array)
@@ -47,7 +61,8 @@ def linear_segment(state: OnlineState, tokens: Tokens, initial: jax.Array) -> tu
     if tokens.restart is not None:
         renew = jnp.einsum("rnhcd,rnhd->rnhc", products, tokens.restart, precision="highest")
         writes = writes + renew[..., -1, None, None] * initial[:, None]
-    weights, starts = _carry(weights, writes, None if enter is None else enter[..., -1])
+    ends = carry(weights, writes, None if enter is None else enter[..., -1])
+    starts = jnp.concatenate([weights[:, None], ends[:, :-1]], axis=1)
 
     scores = jnp.einsum("rnhck,rnhdk->rnhcd", tokens.q, k, preferred_element_type=weights.dtype)
     reads = product("rnhcd,rnhdv->rnhcv", scores * share, values, tokens.q)
@@ -58,20 +73,40 @@ def linear_segment(state: OnlineState, tokens: Tokens, initial: jax.Array) -> tu
     previous = None if state.previous is None else (tokens.k[:, -1, :, -1], tokens.v[:, -1, :, -1])
     if previous is not None:
         previous = jax.tree.map(lambda x: x.astype(weights.dtype), previous)
-    return OnlineState(weights=weights, previous=previous), reads
+    return OnlineState(weights=ends[:, -1], previous=previous), reads, ends
 
 
-def _carry(weights: jax.Array, writes: jax.Array, decay: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Return the state after the last chunk, and those before each [R, N, H, K, V]: M <- decay M + writes."""
+def carry_in_turn(weights: jax.Array, writes: jax.Array, decay: jax.Array | None) -> jax.Array:
+    """Return the state after each chunk [R, N, H, K, V], M <- decay M + writes, one after another."""
 
     def chunk_step(weights: jax.Array, inputs):
         write, decay = inputs
         kept = weights if decay is None else decay[..., None, None] * weights
-        return kept + write, weights
+        after = kept + write
+        return after, after
 
     inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (writes, decay))
-    weights, starts = jax.lax.scan(chunk_step, weights, inputs, unroll=4)
-    return weights, jnp.moveaxis(starts, 0, 1)
+    _, ends = jax.lax.scan(chunk_step, weights, inputs, unroll=4)
+    return jnp.moveaxis(ends, 0, 1)
+
+
+def carry_at_once(weights: jax.Array, writes: jax.Array, decay: jax.Array | None) -> jax.Array:
+    """Return what `carry_in_turn` does, as one product with the chunks' products of retentions [N, N].
+
+    A chunk's share of that product is N K V multiplications, where a loop would be N kernels in a row.
+    """
+    rows, chunks, heads = writes.shape[:3]
+    if decay is None:
+        shares = jnp.tri(chunks, dtype=writes.dtype)[None, None]
+        entered = jnp.ones((1, chunks, 1), writes.dtype)
+    else:
+        decay_RHN = decay.swapaxes(1, 2)
+        shares = decay_matrix(decay_RHN)
+        entered = (shares[..., 0] * decay_RHN[..., :1]).swapaxes(1, 2)
+    flat_RHNW = writes.swapaxes(1, 2).reshape(rows, heads, chunks, -1)
+    ends = jnp.matmul(shares, flat_RHNW, precision="highest")
+    ends = ends.reshape(rows, heads, chunks, *writes.shape[3:])
+    return ends.swapaxes(1, 2) + entered[..., None, None] * weights[:, None]
 
 
 def _with_previous(products: jax.Array, tokens: Tokens) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._chunks import Grid, heads_first
+from pallas_kernels._kept import keep
 from pallas_kernels._state import OnlineState, batch_weights, select_rows, state_dtype
 from pallas_kernels.chunk_memory import _tpu_errors_backward, _tpu_errors_forward
 from pallas_kernels.chunk_memory._titans import titans_segment
@@ -164,6 +165,7 @@ def _laid_out(cut: Cut, tokens, numbers: Coefficients, marks: jax.Array | None):
 def _forward(cuts, rule, tokens, numbers, marks, initial):
     cut, _ = cuts
     out, states = _tpu_errors_forward.run(cut, rule, *_laid_out(cut, tokens, numbers, marks), initial)
+    out, states = keep((out, states))
     return (cut.unpad(out.transpose(0, 3, 1, 2)), states), (tokens, numbers, marks, initial, states)
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._kept import keep
 from pallas_kernels._state import state_dtype
 from pallas_kernels.chunk_memory._tpu_layout import SEMANTICS, Cut, Specs
 
@@ -78,6 +79,7 @@ def _forward(cuts, *arguments):
         cut.grouped(log_BTH),
         *([] if marks_BT is None else [marks_BT[:, None]]),
     )
+    states = keep(states)
     return (cut.unpad(_from_lanes(out)), states), (arguments, states)
 
 

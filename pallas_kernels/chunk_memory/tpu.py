@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._kept import keep
 from pallas_kernels._state import OnlineState, batch_weights, last_token, state_dtype
 from pallas_kernels.chunk_memory._tpu_errors import at_row, power_of_two, write_errors
 from pallas_kernels.chunk_memory._tpu_layout import Cut, coefficient, valid_and_starts
@@ -134,7 +135,7 @@ def _write_values(
     if independent and lengths is not None:
         weights = at_row(states, jnp.maximum(lengths - 1, 0) // cut.segment)
     previous = last_token(k, v, lengths) if rule == "swla" else None
-    return reads, states, OnlineState(weights=weights, previous=previous)
+    return keep(reads), states, OnlineState(weights=weights, previous=previous)
 
 
 def _late(x: jax.Array) -> jax.Array:

@@ -6,11 +6,13 @@ independent, no loop: they run side by side. B batch, T tokens, S segments, H he
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels._chunks import Grid, Tokens, heads_first
+from pallas_kernels._kept import keep
 from pallas_kernels._state import (
     OnlineState,
     batch_weights,
@@ -23,6 +25,10 @@ from pallas_kernels._state import (
 from pallas_kernels.chunk_memory._delta import delta_segment
 from pallas_kernels.chunk_memory._linear import linear_segment
 from pallas_kernels.chunk_memory._titans import titans_segment
+
+type Segment = Callable[[OnlineState, Tokens, jax.Array], tuple[OnlineState, jax.Array, jax.Array]]
+"""From the state before, the tokens [R, N, H, C, ...] of one or more segments and the initial weights to the
+state after them, their reads [R, N, H, C, V] and the weights after each segment [R, segments, H, K, V]."""
 
 _SEGMENTS = {
     "linear": linear_segment,
@@ -51,17 +57,65 @@ def chunk_memory(
     lengths: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, OnlineState]:
     """See `pallas_kernels.chunk_memory`, which checks the arguments."""
+
+    def segment(state: OnlineState, tokens: Tokens, initial: jax.Array):
+        state, reads = _SEGMENTS[rule](state, tokens, initial)
+        assert isinstance(state.weights, jax.Array)
+        return state, reads, state.weights[:, None]
+
+    return run(
+        q,
+        k,
+        v,
+        rule=rule,
+        coefficients=(retention, momentum, step, previous_step),
+        segment=segment,
+        side_by_side=1,
+        segment_length=segment_length,
+        independent=segment_init == "independent",
+        initial_state=initial_state,
+        start=start,
+        chunk_length=chunk_length,
+        document_ids=document_ids,
+        lengths=lengths,
+    )
+
+
+def run(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    rule: str,
+    coefficients: tuple[jax.Array | None, ...],
+    segment: Segment,
+    side_by_side: int,
+    segment_length: int,
+    independent: bool,
+    initial_state: jax.Array | None,
+    start: OnlineState | None = None,
+    chunk_length: int,
+    document_ids: jax.Array | None,
+    lengths: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, OnlineState]:
+    """Run `segment` over a row, on `side_by_side` segments at a time; on all where they are independent.
+
+    What it makes of them is computed again for the gradient. The rest is as in `chunk_memory`.
+    """
     batch, count, heads, key_dim = q.shape
     dtype = state_dtype(q)
-    independent = segment_init == "independent"
     grid = Grid.fit(count, segment_length, chunk_length)
+    segments = grid.segments
+    if not independent:
+        pieces = -(-segments // side_by_side)
+        grid = dataclasses.replace(grid, segments=pieces, chunks=-(-segments // pieces) * grid.chunks)
     tokens = lay_out(
         grid,
         q,
         k,
         v,
         rule=rule,
-        coefficients=(retention, momentum, step, previous_step),
+        coefficients=coefficients,
         document_ids=document_ids,
         lengths=lengths,
         restarts_from_zero=initial_state is None,
@@ -79,16 +133,19 @@ def chunk_memory(
     if start is not None:
         begin = go_on(start, begin)
 
-    def segment(state: OnlineState, tokens: Tokens):
-        state, reads = _SEGMENTS[rule](state, jax.tree.map(heads_first, tokens), initial)
-        return state, (heads_first(reads).astype(q.dtype), state.weights)
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def run_piece(state: OnlineState, tokens: Tokens):
+        state, reads, ends = segment(state, jax.tree.map(heads_first, tokens), initial)
+        return state, (heads_first(reads).astype(q.dtype), ends)
 
-    final, (reads, states) = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), begin, tokens)
+    def piece(state: OnlineState, tokens: Tokens):
+        return run_piece(state if independent else keep(state), tokens)
+
+    final, (reads, states) = jax.lax.scan(piece, begin, tokens)
     reads = grid.join(reads, independent)[:, :count]
-    if independent:
-        states = states.reshape(batch, grid.segments, *states.shape[2:])
-    else:
-        states = jnp.moveaxis(states, 0, 1)
+    # Rows first, then pieces and their segments.
+    states = (states if independent else states.swapaxes(0, 1)).reshape(batch, -1, *states.shape[3:])
+    reads, states = keep((reads, states[:, :segments]))
     return reads, states, _final_state(final, k, v, lengths, grid, chunk_length, independent)
 
 

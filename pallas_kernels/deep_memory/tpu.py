@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._chunks import Grid
+from pallas_kernels._kept import keep
 from pallas_kernels._platform import vmem_bytes
 from pallas_kernels._state import OnlineState, batch_weights, select_rows, state_dtype
 from pallas_kernels.deep_memory import _tpu_backward, _tpu_forward
@@ -113,8 +114,11 @@ def _run(cut, tokens, coefficients, initial, restarts, ends):
 
 
 def _forward(cut, tokens, coefficients, initial, restarts, ends):
-    *outputs, kept = _tpu_forward.run(cut, tokens, coefficients, initial, restarts, ends, keep=True)
-    return tuple(outputs), (tokens, coefficients, initial, restarts, ends, kept)
+    branch, states, *final, kept = _tpu_forward.run(
+        cut, tokens, coefficients, initial, restarts, ends, keep=True
+    )
+    branch, states, kept = keep((branch, states, kept))
+    return (branch, states, *final), (tokens, coefficients, initial, restarts, ends, kept)
 
 
 def _backward(cut, residuals, bars):

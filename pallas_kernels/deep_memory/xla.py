@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._chunks import Grid
+from pallas_kernels._kept import keep
 from pallas_kernels._state import (
     OnlineState,
     batch_weights,
@@ -87,6 +88,7 @@ def deep_memory(
         states = jax.tree.map(lambda x: x.reshape(batch, grid.segments, *x.shape[2:]), states)
     else:
         states = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), states)
+    branch, states, hidden = keep((branch, states, hidden))
     return branch, states, _final_state(final, lengths, count, grid, chunk_length, independent), hidden
 
 
@@ -105,7 +107,8 @@ def _run_in_blocks(run, state: OnlineState, chunks: Tokens):
     count = chunks.q.shape[0]
     size = next(size for size in range(min(count, _BLOCK_CHUNKS), 0, -1) if count % size == 0)
     blocks = jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), chunks)
-    state, outputs = jax.lax.scan(jax.checkpoint(run, prevent_cse=False), state, blocks)
+    run = jax.checkpoint(run, prevent_cse=False)
+    state, outputs = jax.lax.scan(lambda state, block: run(keep(state), block), state, blocks)
     return state, jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), outputs)
 
 

@@ -4,11 +4,12 @@ import jax
 
 from pallas_kernels._platform import on_tpu
 from pallas_kernels._state import Weights
-from pallas_kernels.state_read import reference, tpu, xla
+from pallas_kernels.state_read import gpu, reference, tpu, xla
 
 __all__ = ["gated_state_read"]
 
 _IMPLEMENTATIONS = {
+    "gpu": gpu.gated_state_read,
     "reference": reference.gated_state_read,
     "tpu": tpu.gated_state_read,
     "xla": xla.gated_state_read,
@@ -34,15 +35,18 @@ def gated_state_read(
         states, heads, key_dim, hidden], w_out [batch, states, heads, hidden, value_dim]).
       segment_length: a promise that gates[:, t, :, n] is 0 unless n < t // segment_length: much of what is
         not read is then skipped, and those gates may get a zero gradient. None: no promise.
-      implementation: "tpu", "xla" or "reference"; None picks the best for the platform of the mesh that is
-        set (`jax.set_mesh`), or else of the default device. "tpu" is float32 and bfloat16, and not split
-        over devices by itself: it belongs in a `jax.shard_map` over batch and heads.
+      implementation: "tpu", "gpu", "xla" or "reference"; None picks the best for the platform of the mesh
+        that is set (`jax.set_mesh`), or else of the default device: on a GPU "xla", since nobody has measured
+        "gpu" yet. "tpu" is float32 and bfloat16; "gpu" is for matrices and queries of bfloat16, of a key_dim
+        of 256 at most, on Hopper GPUs. Neither is split over devices by itself: they belong in a
+        `jax.shard_map` over batch and heads.
 
     Returns:
       [batch, length, heads, value_dim] of q's dtype.
 
     Raises:
-      ValueError: shapes that do not fit together, a segment_length below 1, or an unknown implementation.
+      ValueError: shapes that do not fit together, a segment_length below 1, an implementation that is unknown
+        or cannot read these states.
     """
     batch, length, heads, key_dim = q.shape
     if gates.ndim != 4 or gates.shape[:3] != (batch, length, heads):
@@ -63,7 +67,8 @@ def gated_state_read(
     if segment_length is not None and segment_length < 1:
         raise ValueError(f"segment_length is {segment_length}; give 1 or more, or None")
     if implementation is None:
-        # A token alone (in decoding) has nothing to share a state with.
+        # A token alone (in decoding) has nothing to share a state with. On a GPU no kernel is the default:
+        # what nobody has run may be slow there.
         implementation = "tpu" if length > 1 and on_tpu(q) else "xla"
     if implementation not in _IMPLEMENTATIONS:
         names = ", ".join(_IMPLEMENTATIONS)

@@ -12,11 +12,13 @@ import pytest
 
 from pallas_kernels import chunk_memory, memory_step
 from pallas_kernels._state import batch_weights, initial_online_state
+from pallas_kernels.chunk_memory import gpu
 
 B, H, K, V = 2, 2, 4, 3
 SEGMENT, CHUNK = 12, 4
 TOKENS = 29  # two segments and a short one, whose last chunk is short as well
 RULES = ("linear", "swla", "delta", "titans")
+GPU_RULES = ("linear", "swla", "delta")
 INITS = ("checkpoint", "independent")
 COEFFICIENTS = {
     "linear": ("retention", "step"),
@@ -102,13 +104,13 @@ def assert_close(actual, expected, tolerance, what):
         assert np.isfinite(left).all(), f"{what}{jax.tree_util.keystr(path)} is not finite"
         error = np.abs(left - right).max() / max(np.abs(right).max(), 1e-30)
         assert error <= tolerance, (
-            f"{what}{jax.tree_util.keystr(path)} is off by {error:.1e}: xla and reference disagree on a rule"
+            f"{what}{jax.tree_util.keystr(path)} is off by {error:.1e}: a rule is not the reference's"
         )
 
 
-def compare(rule, init, arguments, masks):
-    """Hold values and gradients of xla to those of the reference."""
-    values, gradients = with_gradients(rule, init, "xla")(arguments, masks)
+def compare(rule, init, arguments, masks, implementation="xla"):
+    """Hold values and gradients to those of the reference."""
+    values, gradients = with_gradients(rule, init, implementation)(arguments, masks)
     expected, expected_gradients = with_gradients(rule, init, "reference")(arguments, masks)
     assert_close(values, expected, 1e-9, "value")
     assert_close(gradients, expected_gradients, 1e-7, "gradient")
@@ -178,6 +180,33 @@ def test_extreme_retention_and_zero_keys_stay_exact(x64, rule, init):
     arguments["k"] = arguments["k"].at[:, 5:9].set(0.0)
     masks = {"document_ids": documents(rule), "lengths": jnp.array([29, 21], jnp.int32)}
     compare(rule, init, arguments, masks)
+
+
+@pytest.fixture
+def two_segments_at_once(monkeypatch):
+    """Pieces of the GPU's form so short that a row has two, the second filled up with nothing."""
+    monkeypatch.setattr(gpu, "_CHUNKS", 2 * SEGMENT // CHUNK)
+
+
+@pytest.mark.usefixtures("two_segments_at_once")
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("rule", GPU_RULES)
+def test_segments_side_by_side_equal_tokens_with_documents_and_lengths(x64, rule, init):
+    arguments = make(rule)
+    for lengths in ([15, 24], [29, 0]):
+        masks = {"document_ids": documents(rule), "lengths": jnp.array(lengths, jnp.int32)}
+        compare(rule, init, arguments, masks, "gpu")
+    arguments["retention"] = arguments["retention"].at[:, 3:9].set(1e-30).at[:, 13].set(0.0)
+    compare(rule, init, arguments, masks, "gpu")
+
+
+@pytest.mark.usefixtures("two_segments_at_once")
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_segments_side_by_side_without_coefficients_and_in_single_precision(rule):
+    for tokens in (CHUNK - 1, 2 * SEGMENT + 1):
+        arguments = make(rule, tokens, coefficients=False, dtype=np.float32)
+        expected = forward(rule, "checkpoint", "reference")(arguments, {})
+        assert_close(forward(rule, "checkpoint", "gpu")(arguments, {}), expected, 1e-5, f"{tokens} tokens:")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -353,7 +382,7 @@ def test_a_run_that_goes_on_from_a_state_is_the_rest_of_the_whole_run(rule, impl
     ("changes", "message"),
     [
         ({"segment_init": "independent"}, "leave start out"),
-        ({"implementation": "tpu"}, "no kernel for TPUs goes on from a start"),
+        ({"implementation": "tpu"}, "goes on from no start"),
         ({"rule": "titans"}, "start's momentum is not one array"),
         ({"rule": "swla"}, "start has no previous token"),
     ],

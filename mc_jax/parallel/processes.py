@@ -1,0 +1,167 @@
+"""Several processes that train one model: how they find each other, and agree.
+
+Each runs the same command and holds the devices of its machine. The runs folder must be on a file system that
+all see; process 0 alone writes to it, but for checkpoints, of which each writes what its devices hold.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mc_jax.parallel.roll_call import RollCall
+
+_LONGEST_MESSAGE = 4096  # bytes
+_LONGEST_REASON = 500  # characters
+# All come to the end together, or within the time to fail together: who waits longer waits in vain.
+_SECONDS_TO_SHUT_DOWN = 20
+
+
+class _Place(NamedTuple):
+    """A process's place among N."""
+
+    address: str
+    """HOST:PORT of process 0."""
+    count: int
+    index: int
+    is_detected: bool
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    *,
+    patience: float = 300.0,
+) -> Iterator[None]:
+    """Be one of the processes of a run; to be entered before JAX looks for devices.
+
+    Without arguments the environment tells: TPU pods, Slurm, Open MPI, Kubernetes (JobSets too), as JAX finds
+    them. Where nothing tells of several processes, nothing happens. Left orderly, it waits for all others. If
+    one fails or is gone, the others end at once with a message that names it, and exit code 1.
+
+    Args:
+      coordinator: HOST:PORT of process 0, with a port that is free there.
+      count: N, the number of processes; 1 keeps this one alone, whatever the environment says.
+      index: of this one, from 0.
+      patience: seconds within which all must have come.
+
+    Raises:
+      ValueError: contradictory arguments, or processes that do not come.
+    """
+    place = _place(coordinator, count, index, patience)
+    if place is None:
+        yield
+        return
+    roll_call = RollCall(
+        _host_and_port(place.address),
+        place.count,
+        place.index,
+        patience=patience,
+        # JAX's service ends all others with the first one that leaves, unless they part together.
+        part=jax.distributed.shutdown,
+    )
+    # The names are known by now, so what JAX looks for itself are this process's devices.
+    jax.distributed.initialize(
+        place.address,
+        place.count,
+        place.index,
+        cluster_detection_method=None if place.is_detected else "deactivate",
+        initialization_timeout=math.ceil(patience),
+        shutdown_timeout_seconds=_SECONDS_TO_SHUT_DOWN,
+    )
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # Most likely a collective that another process no longer takes part in.
+            roll_call.wait_for_bad_news()
+        roll_call.fail(" ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON])
+        raise
+    roll_call.leave()
+    jax.distributed.shutdown()
+
+
+def first_decides(decide: Callable[[], None]) -> None:
+    """Let process 0 do something that all others wait for.
+
+    Raises:
+      ValueError: in all processes, if process 0 raises it.
+    """
+    error = None
+    if jax.process_index() == 0:
+        try:
+            decide()
+        except ValueError as raised:
+            error = raised
+    if jax.process_count() > 1:
+        told = _from_first(str(error or "").encode())
+        if told and error is None:
+            raise ValueError(told.decode(errors="replace"))
+    if error is not None:
+        raise error
+
+
+def must_agree(what: str, value: str) -> None:
+    """See that all processes have the same text.
+
+    Raises:
+      ValueError: in all processes, if one has another text than process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    digests = np.asarray(multihost_utils.process_allgather(digest))
+    others = [str(index) for index, other in enumerate(digests) if not np.array_equal(other, digests[0])]
+    if others:
+        raise ValueError(
+            f"process {', '.join(others)} has other {what} than process 0; start all with the same command"
+        )
+
+
+def _from_first(text: bytes) -> bytes:
+    """A text of process 0, in all."""
+    padded = np.zeros(_LONGEST_MESSAGE, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)[:_LONGEST_MESSAGE]
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes().rstrip(b"\0")
+
+
+def _place(coordinator: str | None, count: int | None, index: int | None, patience: float) -> _Place | None:
+    """Where this process is among those of the run; None if it is alone."""
+    given = {"coordinator": coordinator, "count": count, "index": index}
+    missing = [f"--processes.{name}" for name, value in given.items() if value is None]
+    if count == 1 and (index or 0) == 0:
+        return None
+    if coordinator is not None and count is not None and index is not None:
+        if not 0 <= index < count:
+            raise ValueError(f"--processes.index {index} is none of 0 to --processes.count {count} - 1")
+        _host_and_port(coordinator)
+        return _Place(coordinator, count, index, is_detected=False)
+    if len(missing) < len(given):
+        raise ValueError(f"{' and '.join(missing)} is missing: the three tell together who is who")
+    return _detect(patience)
+
+
+def _detect(patience: float) -> _Place | None:
+    # What jax.distributed.initialize does itself, but it is an error there to be alone.
+    from jax._src.clusters import ClusterEnv
+
+    address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, math.ceil(patience)
+    )
+    if address is None or count is None or index is None or count == 1:
+        return None
+    return _Place(address, count, index, is_detected=True)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"--processes.coordinator {address!r} is no HOST:PORT, for example 10.0.0.1:8476")
+    return host.strip("[]"), int(port)

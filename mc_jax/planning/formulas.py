@@ -1,0 +1,129 @@
+"""FLOPs of a training step by formula: what the mathematics asks for, whatever a program makes of it.
+
+Forward, of a token; a multiplication and an addition are two.
+
+- maps: 2 for each number of a matrix that multiplies the token, the output map included (the embedding's
+  rows are looked up, which takes none);
+- a memory, per head, of matrices A x B (a matrix: K x V; an MLP: K x E and E x V, E = 4 V): a write 2AB, an
+  online read 2AB, and 2C(A + B) for the pairs of tokens in a chunk of C (MATH.md section 7); where errors are
+  written, what it takes to make them: delta and titans k M, 2KV; an MLP's hidden features 2KE and their
+  gradient 2EV, and for titans its output, 2EV more;
+- cached reads, per head: 2AB for each memory that is read: of the n segments before the token's own all n, or
+  top_k of them if fewer; and, with a router, 2V for each of the n scores;
+- attention: 4D for each token that is seen, its own included: the causal half, or a window.
+
+Backward is twice as much. What is computed again to save memory is not counted, and neither are norms,
+convolutions, gates and the optimizer. That less is read after a document's end within a row is left out.
+"""
+
+import dataclasses
+from typing import Any
+
+from mc_jax.config import Config, ModelConfig
+from mc_jax.planning.parts import matrices, parameter_part
+
+_HAS_ROUTER = ("gated", "soup", "sparse")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Of one token, forward; and of a step."""
+
+    maps: dict[str, float]
+    """Matrices that multiply the token, by part."""
+    memories: float
+    """Writes and online reads."""
+    cached_reads: float
+    """Reads of cached memories, and the router's scores."""
+    attention: float
+    """Scores and values, without the maps."""
+    tokens: int
+    """Of a step."""
+
+    @property
+    def forward(self) -> float:
+        """Of one token."""
+        return sum(self.maps.values()) + self.memories + self.cached_reads + self.attention
+
+    @property
+    def token(self) -> float:
+        """Of one token, forward and backward."""
+        return 3 * self.forward
+
+    @property
+    def step(self) -> float:
+        """Of all tokens of a step, forward and backward, on all chips."""
+        return self.tokens * self.token
+
+
+def flops_of(config: Config, parameters: Any) -> Flops:
+    """Return the FLOPs of a step; `parameters` is the model's tree, of arrays or of their shapes."""
+    model, length = config.model, config.data.context_length
+    maps: dict[str, float] = {}
+    for path, leaf in matrices(parameters):
+        part = parameter_part(path, model)
+        if part == "embedding":
+            if not model.tie_embeddings:
+                continue
+            part = "output map"
+        maps[part] = maps.get(part, 0.0) + 2.0 * leaf.size
+    layers = {kind: _layers(model, kind) for kind in ("memory", "attention", "window")}
+    attention = 4.0 * model.model_dim * layers["attention"] * mean_seen(length, None)
+    if layers["window"]:
+        attention += 4.0 * model.model_dim * layers["window"] * mean_seen(length, model.attention_window)
+    heads = layers["memory"] * model.num_heads
+    return Flops(
+        maps=maps,
+        memories=heads * memory_flops(model),
+        cached_reads=heads * cached_flops(model, length),
+        attention=attention,
+        tokens=config.training.batch_size * length,
+    )
+
+
+def memory_flops(model: ModelConfig) -> float:
+    """Write and online read of a token in one head, forward."""
+    dim = model.model_dim // model.num_heads
+    flops = sum(4.0 * a * b + 2.0 * model.chunk_length * (a + b) for a, b in _matrices(model))
+    hidden = 4 * dim
+    if model.memory_depth == 2:
+        flops += 4.0 * dim * hidden + (2.0 * dim * hidden if model.memory == "titans" else 0.0)
+    elif model.memory in ("delta", "titans"):
+        flops += 2.0 * dim * dim
+    return flops
+
+
+def cached_flops(model: ModelConfig, length: int) -> float:
+    """Reads of cached memories, and their scores, of a row's mean token in one head, forward."""
+    if model.aggregation == "none":
+        return 0.0
+    dim = model.model_dim // model.num_heads
+    read = sum(2.0 * a * b for a, b in _matrices(model))
+    scored = 2.0 * dim if model.aggregation in _HAS_ROUTER else 0.0
+    eligible = mean_eligible(length, model.segment_length, None)
+    return read * mean_eligible(length, model.segment_length, model.top_k) + scored * eligible
+
+
+def mean_eligible(length: int, segment_length: int, most: int | None) -> float:
+    """Segments before a token's own, at most `most`, in the mean over a row's tokens."""
+    total = 0
+    for start in range(0, length, segment_length):
+        before = start // segment_length
+        total += min(segment_length, length - start) * (before if most is None else min(before, most))
+    return total / length
+
+
+def mean_seen(length: int, window: int | None) -> float:
+    """Tokens that a token attends to, its own included, in the mean over a row's tokens."""
+    if window is None or window >= length:
+        return (length + 1) / 2
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
+
+def _layers(model: ModelConfig, kind: str) -> int:
+    return model.num_layers * model.layer_pattern.count(kind) // len(model.layer_pattern)
+
+
+def _matrices(model: ModelConfig) -> list[tuple[int, int]]:
+    dim = model.model_dim // model.num_heads
+    return [(dim, 4 * dim), (4 * dim, dim)] if model.memory_depth == 2 else [(dim, dim)]

@@ -1,0 +1,147 @@
+"""How long a compiled step takes, by its compiler's estimates: no chip has run it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from mc_jax.planning.chips import Chip
+from mc_jax.planning.collectives import Collective
+from mc_jax.planning.cost import Kernel
+from mc_jax.planning.parts import operation_part, operation_work
+from mc_jax.planning.program import Operation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Operations of a part of the model that do the same."""
+
+    part: str
+    """Where they were traced, such as "MLP"."""
+    work: str
+    """What they do, such as "matrix products"."""
+    forward: float
+    """Cycles in a step, what is computed again for the gradient included where the compiler says so."""
+    backward: float
+    """Cycles in a step, of the gradient."""
+
+    @property
+    def cycles(self) -> float:
+        """In all."""
+        return self.forward + self.backward
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dear:
+    """An operation that takes long."""
+
+    name: str
+    """In the program."""
+    part: str
+    """See `Group`."""
+    work: str
+    """See `Group`."""
+    source: str
+    """As JAX names it."""
+    times: int
+    """How often it runs in a step."""
+    cycles: float
+    """Of all runs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Of one chip in a step; every figure is an estimate."""
+
+    xla_cycles: float
+    """By the compiler's model, loops multiplied out; it grants what streams some 40 % of HBM's peak."""
+    kernel_cycles: float
+    """Pallas kernels: bundles of their schedules, or copies at that same rate if these take longer."""
+    compute_seconds: float
+    """Both, at the chip's clock."""
+    communication_seconds: float
+    """Of all collectives one after another, at the vendor's bandwidths."""
+    overlapping_seconds: float
+    """Of those among them that let other work go on."""
+    least_seconds: float
+    """Of a step, if communication hides behind computing, or computing behind communication."""
+    most_seconds: float
+    """Of a step, if nothing overlaps."""
+    tokens_per_second: tuple[float, float]
+    """Of all chips, at most and at least: those of the two times above."""
+    mfu: tuple[float, float]
+    """Share of the chips' peak that the FLOPs by formula make up, at most and at least."""
+    products: float
+    """FLOPs of matrix products in XLA's operations on a chip, loops multiplied out, kernels left out."""
+    groups: tuple[Group, ...]
+    """All operations, what takes longest first."""
+    dearest: tuple[Dear, ...]
+    """Single ones that take longest."""
+
+
+def speed_of(
+    operations: Sequence[Operation],
+    kernels: Sequence[Kernel],
+    sent: Sequence[Collective],
+    chip: Chip,
+    *,
+    chips: int,
+    tokens: int,
+    flops: float,
+    dearest: int = 12,
+) -> Speed:
+    """Return the estimate.
+
+    Args:
+      operations: of the program.
+      kernels: likewise.
+      sent: what it sends.
+      chip: where.
+      chips: how many of these.
+      tokens: of a step, on all chips.
+      flops: by formula, of a step, on all chips.
+      dearest: how many single operations to name.
+    """
+    per_call = {kernel.operation: kernel.cycles(chip.streaming) / kernel.calls for kernel in kernels}
+    groups: dict[tuple[str, str], list[float]] = {}
+    single: dict[str, Dear] = {}
+    xla = kernel_cycles = 0.0
+    for one in operations:
+        cycles = one.times * (per_call[one.name] if one.is_kernel else one.cycles)
+        if not cycles:
+            continue
+        if one.is_kernel:
+            kernel_cycles += cycles
+        else:
+            xla += cycles
+        part, work = operation_part(one), operation_work(one)
+        groups.setdefault((part, work), [0.0, 0.0])[one.is_backward] += cycles
+        before = single.get(one.name)
+        single[one.name] = Dear(
+            name=one.name,
+            part=part,
+            work=work,
+            source=one.source,
+            times=one.times + (before.times if before else 0),
+            cycles=cycles + (before.cycles if before else 0.0),
+        )
+    compute = (xla + kernel_cycles) / chip.clock
+    communication = sum(one.times * one.seconds for one in sent)
+    least, most = max(compute, communication), compute + communication
+    return Speed(
+        xla_cycles=xla,
+        kernel_cycles=kernel_cycles,
+        compute_seconds=compute,
+        communication_seconds=communication,
+        overlapping_seconds=sum(one.times * one.seconds for one in sent if one.overlaps),
+        least_seconds=least,
+        most_seconds=most,
+        tokens_per_second=(tokens / least, tokens / most),
+        mfu=(flops / chips / chip.flops / least, flops / chips / chip.flops / most),
+        products=sum(one.times * one.products for one in operations),
+        groups=tuple(
+            sorted(
+                (Group(part=p, work=w, forward=f, backward=b) for (p, w), (f, b) in groups.items()),
+                key=lambda group: -group.cycles,
+            )
+        ),
+        dearest=tuple(sorted(single.values(), key=lambda one: -one.cycles)[:dearest]),
+    )

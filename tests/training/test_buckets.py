@@ -1,0 +1,85 @@
+"""Runs in buckets: an object is written whole, and its path is no folder's."""
+
+import importlib
+import warnings
+
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from mc_jax.training import checkpoint
+from mc_jax.training._buckets import GrowingFile
+from mc_jax.training.metrics import MetricsLog, read_metrics
+
+
+class Bucket(MemoryFileSystem):
+    """A bucket in memory, with gcsfs's ways: it takes the mode "a" for "w"."""
+
+    protocol = ("gs", "gcs")
+    store = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    def _open(self, path, mode="rb", **options):
+        if "a" in mode:
+            warnings.warn("append mode is not supported in a bucket", stacklevel=2)
+            mode = mode.replace("a", "w")
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A folder gs://bucket/run, for as long as a test takes."""
+    registry = importlib.import_module("fsspec.registry")._registry
+    for name in Bucket.protocol:
+        monkeypatch.setitem(registry, name, Bucket)
+    Bucket.clear_instance_cache()
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+    return epath.Path("gs://bucket/run")
+
+
+def test_a_file_in_a_bucket_keeps_what_it_held(bucket):
+    path = bucket / "lines"
+    path.parent.mkdir(parents=True)
+    for text in ("one\n", "two\n"):
+        file = GrowingFile(path)
+        file.write(text)
+        file.close()
+    assert path.read_text() == "one\ntwo\n"
+
+
+def test_a_bucket_is_written_to_now_and_then_and_at_the_end(bucket):
+    bucket.mkdir(parents=True)
+    file = GrowingFile(bucket / "lines", seconds=3600)
+    for text in "abc":
+        file.write(text)
+    assert (bucket / "lines").read_text() == "a", "the first text is shown at once, the next an hour later"
+    file.close()
+    assert (bucket / "lines").read_text() == "abc"
+
+
+def test_a_resumed_run_in_a_bucket_has_one_line_a_step(bucket, monkeypatch):
+    class NoTensorBoard:
+        def __init__(self, *_, **__): ...
+        def add_scalar(self, *_, **__): ...
+        def close(self): ...
+
+    monkeypatch.setattr("tensorboardX.SummaryWriter", NoTensorBoard)
+    with MetricsLog(bucket, start_step=0) as log:
+        for step in range(1, 6):
+            log.write({"step": step, "loss": 2.0})
+    with MetricsLog(bucket, start_step=3) as log:
+        log.write({"step": 4, "loss": 1.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(bucket)] == [(1, 2), (2, 2), (3, 2), (4, 1)]
+
+
+@pytest.mark.parametrize(
+    ("run", "folder"),
+    [("gs://bucket/run", "gs://bucket/run/checkpoints"), ("runs/x", "{here}/runs/x/checkpoints")],
+)
+def test_checkpoints_go_to_the_run_s_folder(monkeypatch, tmp_path, run, folder):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(checkpoint.ocp.training, "Checkpointer", lambda path, **_: asked.append(str(path)))
+    checkpoint.Checkpoints(epath.Path(run))
+    assert asked == [folder.format(here=tmp_path.resolve())]
