@@ -33,8 +33,8 @@ class AttentionCache:
 class Attention(nnx.Module):
     """Global, or sliding-window, attention [B, T, D] -> [B, T, D].
 
-    Where devices share a row, each has the queries of its own tokens, and gathers the keys and values of all:
-    unlike a memory, attention moves every key and value between devices.
+    Where devices share a row, each gathers the keys and values of all its tokens: unlike a memory, attention
+    moves every one of them. On a TPU each gathers the queries too, and attends for all tokens.
     """
 
     def __init__(self, model_dim: int, *, num_heads: int, window: int | None, dtype: Dtype, rngs: nnx.Rngs):

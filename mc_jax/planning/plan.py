@@ -177,7 +177,7 @@ def trace_step(config: Config, vocabulary: int) -> tuple[jax.stages.Traced, Any,
     settings = config.training
     graph, state = abstract_state(config, vocabulary)
     step: Any = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
-    laid = jax.NamedSharding(jax.sharding.get_mesh(), spec("batch"))
+    laid = jax.NamedSharding(jax.sharding.get_mesh(), spec("batch", "tokens"))
     batch = _batch(config, settings.batch_size, laid)
     top_k = jax.ShapeDtypeStruct((), jnp.int32) if settings.top_k_anneal_steps else None
     return step.trace(state, batch, jax.ShapeDtypeStruct((), jnp.float32), top_k), state, batch
@@ -218,7 +218,9 @@ def _by_formula(config: Config, where: Topology, vocabulary: int, source: str) -
     activations = chip_bytes(kept) - chip_bytes(state.parameters)
     parts = {name: size // shares for name, size in state_parts(state).items()}
     parts["gradients"] = chip_bytes(state.parameters) // shares
-    parts["activations, as saved for the gradient"] = max(0, activations) // sizes["tensor"]
+    parts["activations, as saved for the gradient"] = max(0, activations) // (
+        sizes["sequence"] * sizes["tensor"]
+    )
     flops = flops_of(config, state.parameters)
     return Plan(
         topology=where.name,

@@ -114,11 +114,14 @@ def chunk_memory(
             and on_tpu(q)
             and tpu.has_kernel(q, v, rule=rule, segment_length=segment_length, chunk_length=chunk_length)
         )
-        side_by_side = platform() == "gpu" and gpu.is_best(q, rule)
+        side_by_side = start is None and platform() == "gpu" and gpu.is_best(q, rule)
         implementation = "tpu" if kernel else "gpu" if side_by_side else "xla"
-    if implementation == "tpu" and start is not None:
-        raise ValueError("no kernel for TPUs goes on from a start; leave implementation out, or choose 'xla'")
-    further = {} if implementation == "tpu" else {"start": start}
+    takes_start = implementation in ("xla", "reference")
+    if start is not None and not takes_start:
+        raise ValueError(
+            f"implementation {implementation!r} goes on from no start; leave it out, or choose 'xla'"
+        )
+    further = {"start": start} if takes_start else {}
     return _IMPLEMENTATIONS[implementation](
         q,
         k,

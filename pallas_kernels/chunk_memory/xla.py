@@ -93,7 +93,7 @@ def run(
     segment_length: int,
     independent: bool,
     initial_state: jax.Array | None,
-    start: OnlineState | None,
+    start: OnlineState | None = None,
     chunk_length: int,
     document_ids: jax.Array | None,
     lengths: jax.Array | None,
