@@ -1,0 +1,74 @@
+"""Several processes train as one does, stop together, and none waits for one that is gone."""
+
+import pathlib
+import shutil
+
+import pytest
+from training_process import start_two
+
+pytestmark = pytest.mark.xdist_group("many processes")  # one worker: they share a run
+
+STEPS = 24
+RECIPE = '''
+"""A run of seconds, for tests."""
+from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
+
+
+def config() -> Config:
+    return Config(
+        model=ModelConfig(
+            num_layers=1, model_dim=16, num_heads=2, mlp_dim=32, segment_length=16, chunk_length=8
+        ),
+        data=DataConfig(corpus={corpus!r}, tokenizer=None, context_length=64),
+        training=TrainingConfig(
+            steps={steps}, batch_size=8, learning_rate=1e-2, warmup_steps=4, checkpoint_every=5
+        ),
+        evaluation=EvaluationConfig(sample_tokens=0),
+    )
+'''
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    from mc_jax.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("many")
+    words = "the sea was calm and the wind came from the west; she walked along the shore. "
+    (folder / "text.txt").write_text(words * 150)
+    (folder / "held.txt").write_text(words * 4)
+    prepare([folder / "text.txt"], folder / "corpus", held_out=[folder / "held.txt"], tokenizer="bytes")
+    (folder / "tiny.py").write_text(RECIPE.format(corpus=str(folder / "corpus"), steps=STEPS))
+    return folder
+
+
+def start(workplace: pathlib.Path, name: str, **of_second):
+    return start_two(workplace, "train", "tiny.py", "--name", name, output=name, **of_second)
+
+
+def test_processes_that_were_started_differently_all_say_so(workplace):
+    processes = start(workplace, "different", of_second=("--training.seed", "1"))
+    told = "mc-jax: error: process 1 has other settings than process 0; start all with the same command"
+    for started in processes:
+        assert started.end() == 2
+        assert started.lines() == [told]
+    assert not (workplace / "runs" / "different").exists()
+
+
+def test_what_process_0_refuses_ends_all_with_its_line(workplace):
+    (workplace / "runs" / "taken").mkdir(parents=True)
+    (workplace / "runs" / "taken" / "thesis.txt").write_text("mine")
+    for started in start(workplace, "taken"):
+        assert started.end() == 2
+        assert started.lines() == [
+            "mc-jax: error: runs/taken is not empty and not a run; choose another name with --name"
+        ]
+
+
+def test_a_process_that_fails_alone_ends_the_others_with_its_reason(workplace, tmp_path):
+    shutil.copy(workplace / "tiny.py", tmp_path)
+    first, second = start(workplace, "elsewhere", folder_of_second=tmp_path)
+    assert (first.end(seconds=60), second.end()) == (1, 2)
+    reason = "process 1 does not see runs/elsewhere/config.json, which process 0 has"
+    assert reason in second.lines()[-1]
+    assert first.lines()[-1].startswith("mc-jax: error: process 1 (")
+    assert f"pid {second.pid}) failed: ValueError: {reason}" in first.lines()[-1]

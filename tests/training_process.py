@@ -1,0 +1,109 @@
+"""Real processes that run `mc-jax train`, forked from one that has imported what takes long to import."""
+
+import atexit
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import socket
+import sys
+import time
+
+import jax
+
+from mc_jax.cli import main
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["training_process", "mc_jax.training.loop", "mc_jax.evaluation.summary", "mc_jax.evaluation._plots"]
+)
+_SECONDS_A_STEP = 0.1  # at least, so that a signal comes between two steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A process that was started."""
+
+    process: multiprocessing.process.BaseProcess
+    output: pathlib.Path
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def end(self, seconds: float = 300.0) -> int | None:
+        """Its exit code; None if it has not ended after some time, and then it is ended."""
+        self.process.join(seconds)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+        return code
+
+    def lines(self) -> list[str]:
+        """What it printed, without what the libraries tell of their connections."""
+        lines = self.output.read_text().splitlines()
+        return [line for line in lines if "[Gloo]" not in line and "absl" not in line]
+
+
+def start(folder: pathlib.Path, *words: str, output: str) -> Started:
+    """Start `mc-jax WORDS` in a folder, which has a cache of compiled programs too."""
+    path = folder / output
+    process = _FORKS.Process(target=_run, args=(str(folder), str(path), words), daemon=True)
+    process.start()
+    return Started(process, path)
+
+
+def start_two(
+    folder: pathlib.Path,
+    *words: str,
+    output: str,
+    of_second: tuple[str, ...] = (),
+    folder_of_second: pathlib.Path | None = None,
+) -> list[Started]:
+    """Start two processes that train together, the second one with more words, or elsewhere."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    together = (*words, "--processes.coordinator", coordinator, "--processes.count", "2", "--processes.index")
+    return [
+        start(folder, *together, "0", output=f"{output}.0.txt"),
+        start(folder_of_second or folder, *together, "1", *of_second, output=f"{output}.1.txt"),
+    ]
+
+
+def wait_for_step(run: pathlib.Path, step: int, processes: list[Started]) -> None:
+    """Wait until a run has written the metrics of a step."""
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or metrics.read_text().count("\n") < step:
+        told = "\n".join(line for started in processes for line in started.lines())
+        assert all(started.process.is_alive() for started in processes), (
+            f"it ended before step {step}:\n{told}"
+        )
+        assert time.monotonic() < deadline, f"it does not reach step {step}:\n{told}"
+        time.sleep(0.01)
+
+
+def _run(folder: str, output: str, words: tuple[str, ...]) -> None:
+    opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(opened, 1)
+    os.dup2(opened, 2)
+    os.chdir(folder)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    from mc_jax.training import loop
+
+    on_mesh = loop.on_mesh
+
+    def on_mesh_slowly(*arguments):
+        time.sleep(_SECONDS_A_STEP)
+        return on_mesh(*arguments)
+
+    loop.on_mesh = on_mesh_slowly
+    code = main(words)
+    atexit._run_exitfuncs()  # JAX's are part of how a process ends, and a fork's end leaves them out
+    sys.exit(code)
