@@ -76,12 +76,13 @@ def gather_layer[T](parameters: T, dtype: Any) -> T:
     the compiler would rather multiply while it passes weights round in a ring, in loops of small products.
 
     Args:
-      parameters: nested dicts of one block's arrays, without the axis of layers.
+      parameters: a block's state, or nested dicts of its arrays, without the axis of layers.
       dtype: of activations.
     """
 
     def gather(path, leaf):
-        name = ".".join(_keys(path))
+        # The leaves of Flax's variables are at an attribute of theirs.
+        name = ".".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         # Maps to coefficients multiply in float32.
         narrow = leaf.astype(dtype) if name.endswith(".kernel") and ".map." not in name else leaf
         if not is_sharded():
