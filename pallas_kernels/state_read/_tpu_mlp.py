@@ -44,8 +44,8 @@ def read(
         in_specs=[
             specs.tokens(rows),
             specs.gates(),
-            specs.states(hidden, rows),
-            specs.states(columns, hidden),
+            specs.states(hidden, rows, 1),
+            specs.states(columns, hidden, 1),
         ],
         out_specs=specs.tokens(columns),
         out_shape=jax.ShapeDtypeStruct((batch, heads, columns, tiling.tokens), q.dtype),
@@ -57,8 +57,8 @@ def read(
     )(
         tiles.lanes(q, tiling.tokens),
         tiles.gate_groups(gates, tiling),
-        tiles.side_by_side(w_in, tiling),
-        tiles.side_by_side(w_out, tiling),
+        tiles.side_by_side(w_in, 1),
+        tiles.side_by_side(w_out, 1),
     )
     return tiles.from_lanes(out_BHVT, tokens, value_dim)
 
@@ -155,7 +155,7 @@ def read_bar(
         q_BHKT,
         gates_BHSGT,
         w_in,
-        tiles.side_by_side(w_in, tiling),
+        tiles.side_by_side(w_in, 1),
         w_out,
         tiles.lanes(out_bar.astype(q.dtype), tiling.tokens),
     )
