@@ -173,6 +173,14 @@ def test_forward_and_backward_compile(chip, hidden):
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
 
 
+# At the sizes of 760M and 1.3B.
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("dim", "hidden"), [(96, None), (96, 384), (256, None), (256, 1024)])
+def test_forward_and_backward_compile_at_the_recipes_sizes(chip, dim, hidden):
+    compile_for(chip, _gradients("tpu"), *_described(dim, hidden=hidden, length=4096))
+
+
 @pytest.mark.parametrize("dim", [64, 96, 256])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 def test_other_head_sizes_and_odd_lengths_compile_where_memory_is_least(dim, dtype):
