@@ -40,6 +40,11 @@ def has_wgmma() -> bool:
     return capability == "9.0" if capability else bool(_HOPPER.search(chip()))
 
 
+def cores() -> int:
+    """Return how many cores of a TPU share a kernel's grid; 1 elsewhere."""
+    return pltpu.get_tpu_info().num_cores if platform() == "tpu" else 1
+
+
 def on_tpu(x: jax.Array) -> bool:
     """Whether what is made of x may be a TPU's kernel; no TPU has float64."""
     return platform() == "tpu" and x.dtype != jnp.float64

@@ -39,15 +39,30 @@ def test_an_operation_that_differs_is_told(only_dense_reads, wrong, monkeypatch,
     assert "2 of 2 differ" in capsys.readouterr().out
 
 
-def test_every_operation_with_a_gradient_is_checked():
-    names = {case.name.partition(",")[0] for case in _selftest.cases()}
-    assert names == {"chunk_memory", "deep_memory", "gated_state_read", "routed_state_read"}
+def test_every_operation_is_checked_in_all_its_versions():
+    checked = {}
+    for case in _selftest.cases():
+        versions = case.versions("cpu", jnp.float32)
+        checked.setdefault(case.name.partition(",")[0], set()).update(versions)
+        for version in ("reference", *versions):
+            jax.eval_shape(functools.partial(case.run, implementation=version), *case.arguments)
+    routed = {"gather", "blocks", "ragged_dot"}
+    others = ("chunk_memory", "deep_memory", "gated_state_read", "decode_step")
+    assert checked == {"routed_state_read": routed} | {name: {"xla"} for name in others}
+
+
+def test_an_operation_without_gradients_is_compared_by_its_values():
+    (case,) = (case for case in _selftest.cases() if case.name == "decode_step, titans")
+    check = _selftest._check(case, "xla", jnp.bfloat16, (5e-3, 0.0))
+    assert check.passed
+    assert check.gradients is None
+    assert check.values > 0
 
 
 def test_every_version_is_one_that_the_operation_knows():
     with on_gpu():  # all but the TPU's
         for case in _selftest.cases():
-            arguments = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim == 4 else x, case.arguments)
+            arguments = [x.astype(jnp.bfloat16) if _selftest._is_tokens(x) else x for x in case.arguments]
             for version in case.versions("gpu", jnp.bfloat16):
                 jax.eval_shape(functools.partial(case.run, implementation=version), *arguments)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._platform import chip
+from pallas_kernels._platform import chip, cores
 from pallas_kernels._state import state_dtype
 
 # Tokens of a block forward, for chips that are quickest with other than 128, and backward.
@@ -85,7 +85,7 @@ class Cut:
             blocks=blocks,
             length=length,
             heads=heads,
-            group=_largest_divisor(heads, most),
+            group=_group(q, most),
             independent=independent,
             documents=documents,
         )
@@ -119,7 +119,7 @@ class Cut:
             blocks=blocks,
             length=_LENGTH,
             heads=heads,
-            group=_largest_divisor(heads, most),
+            group=_group(q, most),
             independent=independent,
             documents=documents,
         )
@@ -237,6 +237,14 @@ def _bytes(q, value_dim, length):
     key_dim = q.shape[3]
     tokens = 2 * length * (key_dim + value_dim) * q.dtype.itemsize
     return tokens, key_dim * -(-value_dim // 128) * 128 * 4
+
+
+def _group(q, most):
+    """Return the heads of a group: no core is to stand still while another works on a last, odd group."""
+    batch, _, heads, _ = q.shape
+    size = _largest_divisor(heads, most)
+    odd = batch * (heads // size) % cores() != 0
+    return size // 2 if odd and size % 2 == 0 else size
 
 
 def _largest_divisor(count, most):

@@ -98,12 +98,12 @@ def _forward_kernel(cut: Cut, q_HKC, k_HKC, v_HVC, log_HC, *refs):
 
     decays = _Decays(log_HC, *marks)
     for head in range(cut.group):
-        q, k, v, state = q_HKC[head], k_HKC[head], v_HVC[head], sum_HVK[head]
+        q, k_CK, v, state = q_HKC[head], k_HKC[head].T, v_HVC[head], sum_HVK[head]
         enter, leave, kept = decays.across(head)
-        scores = (_product_of_rows(k, q) * decays.within(head)).astype(q.dtype)
-        read = _product(v, scores) + _product(state.astype(q.dtype), _scaled(q, enter))
+        scores = (_product(k_CK, q) * decays.within(head)).astype(q.dtype)
+        read = _product(v, scores) + _product(state.astype(q.dtype), q) * enter
         out_HVC[head] = read.astype(out_HVC.dtype)
-        sum_HVK[head] = kept * state + _product_of_lanes(_scaled(v, leave), k)
+        sum_HVK[head] = kept * state + _product(_scaled(v, leave), k_CK)
 
     @pl.when(cut.ends_segment(block))
     def _():
@@ -118,15 +118,16 @@ class _Decays:
         length = log_HC.shape[1]
         self._log, self._log_columns = log_HC[...], log_HC[...].T
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
-        self._seen, self._marks = row <= column, None
+        seen, self._marks = row <= column, None
         if marks_1C is not None:
             self._marks = marks_1C[...]
-            self._seen &= self._marks == self._marks.T
+            seen &= self._marks == self._marks.T
+        self._unseen = jnp.where(seen, 0.0, -jnp.inf)
 
     def within(self, head):
         """[C written, C read]: 0 where a token was written after the read."""
         between = self._log[head : head + 1] - self._log_columns[:, head : head + 1]
-        return jnp.exp(jnp.where(self._seen, between, -jnp.inf))
+        return jnp.exp(between + self._unseen)
 
     def across(self, head):
         """From the block's start to a token [1, C], from a token to the end, from start to end [1, 1]."""

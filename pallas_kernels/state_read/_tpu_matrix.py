@@ -17,38 +17,53 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._platform import chip
 from pallas_kernels._state import state_dtype
 from pallas_kernels.state_read import _tpu_tiling as tiles
 from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, Tiling, product
 
+# Tokens of a block, backward and forward, and of one matrix product. A matrix unit 256 wide passes over the
+# products of 16 states so quickly that a block has to be long for its start and end not to matter.
 _LENGTH = 512
+_LENGTH_WIDE = 2048
+_COLUMNS = 512
+# Chips with such a unit; their vector unit multiplies bfloat16, twice as many numbers as float32.
+_WIDE = ("TPU v6 lite", "TPU7x")
 _GROUP = 4
 # Rows of weighed queries in one matrix product: of 16 states with 128 dims.
 _ROWS = 2048
 # In VMEM: states of a tile, loaded and (backward) written, twice since the next are on their way; queries.
 _STATES_BYTES = 4 << 20
 _QUERIES_BYTES = 4 << 20
+# The same of a forward block's queries, results and sums.
+_TOKENS_BYTES = 4 << 20
 
 
 def read(q: jax.Array, gates: jax.Array, states: jax.Array, segment_length: int | None) -> jax.Array:
     """Return sum_n gates_n q M_n; shapes as in `pallas_kernels.state_read.gated_state_read`."""
     batch, tokens, heads, key_dim = q.shape
     value_dim = states.shape[4]
+    length, weigh_in = _LENGTH, state_dtype(q)
+    if chip() in _WIDE:
+        token_bytes = 2 * (key_dim + value_dim) * q.dtype.itemsize + value_dim * weigh_in.itemsize
+        products = max(1, min(_LENGTH_WIDE, _TOKENS_BYTES // token_bytes) // _COLUMNS)
+        length, weigh_in = products * _COLUMNS, q.dtype
     tiling = tiles.fit(
         tokens=tokens,
         states=states.shape[1],
         segment_length=segment_length,
         group=_GROUP,
         most=_STATES_BYTES // (2 * key_dim * value_dim * q.dtype.itemsize),
-        length=_LENGTH,
+        length=length,
     )
     states_BNHKV = tiles.pad_states(states.astype(q.dtype), tiling)
     rows, columns = states_BNHKV.shape[3:]
+    count = tiles.beside(rows, tiling)
     specs = ForwardSpecs(tiling)
     out_BHVT = pl.pallas_call(
-        functools.partial(_read_kernel, tiling),
+        functools.partial(_read_kernel, tiling, count, weigh_in),
         grid=(batch, heads, tiling.blocks, tiling.tiles),
-        in_specs=[specs.tokens(rows), specs.gates(), specs.states(columns, tiling.group * rows)],
+        in_specs=[specs.tokens(rows), specs.gates(), specs.states(columns, count * rows, count)],
         out_specs=specs.tokens(columns),
         out_shape=jax.ShapeDtypeStruct((batch, heads, columns, tiling.tokens), q.dtype),
         scratch_shapes=[pltpu.VMEM((columns, tiling.length), state_dtype(q))],
@@ -59,14 +74,13 @@ def read(q: jax.Array, gates: jax.Array, states: jax.Array, segment_length: int 
     )(
         tiles.lanes(q, tiling.tokens),
         tiles.gate_groups(gates, tiling),
-        tiles.side_by_side(states_BNHKV, tiling),
+        tiles.side_by_side(states_BNHKV, count),
     )
     return tiles.from_lanes(out_BHVT, tokens, value_dim)
 
 
-def _read_kernel(tiling: Tiling, q_KC, gates_SGC, states_SVx, out_VC, sum_VC):
+def _read_kernel(tiling: Tiling, beside, weigh_in, q_KC, gates_SGC, states_xVy, out_VC, sum_VC):
     block, tile = pl.program_id(2), pl.program_id(3)
-    q = q_KC[...].astype(sum_VC.dtype)
 
     @pl.when(tile == 0)
     def _():
@@ -74,15 +88,19 @@ def _read_kernel(tiling: Tiling, q_KC, gates_SGC, states_SVx, out_VC, sum_VC):
 
     def visit(first, count):
         groups = [first + group for group in range(count)]
-        weighed = [
-            (gates_SGC[group, n : n + 1] * q).astype(q_KC.dtype)
-            for group in groups
-            for n in range(tiling.group)
-        ]
-        states = jnp.concatenate([states_SVx[group] for group in groups], axis=1)
-        sum_VC[...] += product(states, jnp.concatenate(weighed, axis=0))
+        start, more = first * (tiling.group // beside), count * (tiling.group // beside)
+        states = jnp.concatenate([states_xVy[start + index] for index in range(more)], axis=1)
+        for start in range(0, tiling.length, _COLUMNS):
+            columns = slice(start, min(start + _COLUMNS, tiling.length))
+            q = q_KC[:, columns].astype(weigh_in)
+            weighed = [
+                (gates_SGC[group, n : n + 1, columns].astype(weigh_in) * q).astype(q_KC.dtype)
+                for group in groups
+                for n in range(tiling.group)
+            ]
+            sum_VC[:, columns] += product(states, jnp.concatenate(weighed, axis=0))
 
-    tiles.for_groups(tiling.groups_read_of(block, tile), visit, _together(tiling, q.shape[0]))
+    tiles.for_groups(tiling.groups_read_of(block, tile), visit, _together(tiling, q_KC.shape[0]))
 
     @pl.when(tile == tiling.tiles - 1)
     def _():
@@ -90,7 +108,7 @@ def _read_kernel(tiling: Tiling, q_KC, gates_SGC, states_SVx, out_VC, sum_VC):
 
 
 def _together(tiling, key_dim):
-    return max(1, _ROWS // (tiling.group * key_dim))
+    return max(1, min(tiling.tile, _ROWS // (tiling.group * key_dim)))
 
 
 def read_bar(

@@ -44,8 +44,8 @@ def read(
         in_specs=[
             specs.tokens(rows),
             specs.gates(),
-            specs.states(hidden, rows),
-            specs.states(columns, hidden),
+            specs.states(hidden, rows, 1),
+            specs.states(columns, hidden, 1),
         ],
         out_specs=specs.tokens(columns),
         out_shape=jax.ShapeDtypeStruct((batch, heads, columns, tiling.tokens), q.dtype),
@@ -57,8 +57,8 @@ def read(
     )(
         tiles.lanes(q, tiling.tokens),
         tiles.gate_groups(gates, tiling),
-        tiles.side_by_side(w_in, tiling),
-        tiles.side_by_side(w_out, tiling),
+        tiles.side_by_side(w_in, 1),
+        tiles.side_by_side(w_out, 1),
     )
     return tiles.from_lanes(out_BHVT, tokens, value_dim)
 
@@ -108,14 +108,18 @@ def read_bar(
     batch, tokens, heads, key_dim = q.shape
     count, hidden_dim, value_dim = w_in.shape[1], *w_out.shape[3:]
     dtype = state_dtype(q)
+    # W_in is loaded twice, transposed as well.
+    bytes_of_number = 1.5 * q.dtype.itemsize + dtype.itemsize
+    # A state alone may be larger than a tile should be; then less is left for queries.
+    is_large = 2 * (key_dim + value_dim) * hidden_dim * bytes_of_number > _STATES_BYTES
+    queries_bytes = _QUERIES_BYTES // 2 if is_large else _QUERIES_BYTES
     tiling = _fit(
         q,
         w_in,
         w_out,
         segment_length,
-        piece=_QUERIES_BYTES // (key_dim * dtype.itemsize),
-        # W_in is loaded twice, transposed as well.
-        bytes_of_number=1.5 * q.dtype.itemsize + dtype.itemsize,
+        piece=queries_bytes // (key_dim * dtype.itemsize),
+        bytes_of_number=bytes_of_number,
     )
     q_BHKT = tiles.lanes(q, tiling.tokens)
     gates_BHSGT = tiles.gate_groups(gates, tiling)
@@ -155,7 +159,7 @@ def read_bar(
         q_BHKT,
         gates_BHSGT,
         w_in,
-        tiles.side_by_side(w_in, tiling),
+        tiles.side_by_side(w_in, 1),
         w_out,
         tiles.lanes(out_bar.astype(q.dtype), tiling.tokens),
     )

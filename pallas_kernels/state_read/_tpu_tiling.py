@@ -9,6 +9,7 @@ S groups of states, G states of a group.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -124,16 +125,19 @@ def fit(
 
 
 def for_groups(count, visit, together: int) -> None:
-    """Call visit(first group, how many) over `count` groups: `together` in one go, then one by one.
+    """Call visit(first group, how many) over `count` groups: `together` in one go, then fewer.
 
-    What is visited together is straight code: at the end of a loop's turn the matrix unit runs empty.
+    What is visited together is straight code, at whose end the matrix unit runs empty.
     """
     if isinstance(count, int) and count <= together:
         visit(0, count)
         return
-    whole = _floor(count, together)
-    jax.lax.fori_loop(0, whole, lambda step, _: visit(step * together, together), None)
-    jax.lax.fori_loop(whole * together, count, lambda group, _: visit(group, 1), None)
+    size = 1 << (together.bit_length() - 1)
+    jax.lax.fori_loop(0, _floor(count, size), lambda turn, _: visit(turn * size, size), None)
+    while size > 1:
+        size //= 2
+        first = _floor(count, 2 * size) * (2 * size)
+        pl.when(count - first >= size)(functools.partial(visit, first, size))
 
 
 def _floor(a, b: int):
@@ -189,11 +193,16 @@ def pad_states(leaf_BNHKV: jax.Array, tiling: Tiling) -> jax.Array:
     return jnp.pad(leaf_BNHKV, ((0, 0), (0, more), (0, 0), (0, -rows % _SUBLANES), (0, -columns % _SUBLANES)))
 
 
-def side_by_side(leaf_BNHKV: jax.Array, tiling: Tiling) -> jax.Array:
-    """Transpose padded states and lay those of a group side by side: [B, H, S, V, G K]."""
-    batch, _, heads, rows, columns = leaf_BNHKV.shape
-    leaf = leaf_BNHKV.reshape(batch, tiling.groups, tiling.group, heads, rows, columns)
-    return leaf.transpose(0, 3, 1, 5, 2, 4).reshape(batch, heads, tiling.groups, columns, -1)
+def beside(key_dim: int, tiling: Tiling) -> int:
+    """Return how many states of a group XLA has to lay side by side, for the rest to be whole registers."""
+    return 1 if key_dim % _LANES == 0 else tiling.group
+
+
+def side_by_side(leaf_BNHKV: jax.Array, count: int) -> jax.Array:
+    """Transpose padded states and lay each `count` of them side by side: [B, H, N / count, V, count K]."""
+    batch, states, heads, rows, columns = leaf_BNHKV.shape
+    leaf = leaf_BNHKV.reshape(batch, states // count, count, heads, rows, columns)
+    return leaf.transpose(0, 3, 1, 5, 2, 4).reshape(batch, heads, states // count, columns, count * rows)
 
 
 class ForwardSpecs:
@@ -212,10 +221,10 @@ class ForwardSpecs:
         block = (None, None, cut.tile, cut.group, cut.length)
         return pl.BlockSpec(block, lambda b, h, t, n: (b, h, cut.tile_read(t, n), 0, t))
 
-    def states(self, rows: int, columns: int) -> pl.BlockSpec:
-        """Of [B, H, S, rows, columns]: [S, rows, columns]."""
+    def states(self, rows: int, columns: int, count: int) -> pl.BlockSpec:
+        """Of [B, H, N / count, rows, columns]: those of a tile, [N / count, rows, columns]."""
         cut = self._tiling
-        block = (None, None, cut.tile, rows, columns)
+        block = (None, None, cut.tile * cut.group // count, rows, columns)
         return pl.BlockSpec(block, lambda b, h, t, n: (b, h, cut.tile_read(t, n), 0, 0))
 
 

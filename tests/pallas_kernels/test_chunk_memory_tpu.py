@@ -232,9 +232,18 @@ def _kernels(compiled):
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("rule", ["linear", "delta", "titans"])
-@pytest.mark.parametrize(("heads", "dim"), [(16, 96), (16, 128), (8, 256)])
+@pytest.mark.parametrize(("heads", "dim"), [(16, 96), (8, 256)], ids=["760M", "1.3B"])
 def test_forward_and_backward_compile(chip, rule, heads, dim):
     assert _kernels(compile_for(chip, _gradients("tpu", rule), *_described(dim, heads=heads))) == 2
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(1, 2), (2, 2), (3, 6)])
+def test_two_cores_share_the_heads_of_an_odd_row(batch, groups, monkeypatch):
+    monkeypatch.setattr(_tpu_layout, "cores", lambda: 2)
+    q = jax.ShapeDtypeStruct((batch, 256, 16, 128), jnp.bfloat16)
+    options = {"segment_length": 256, "independent": False, "documents": False, "backward": False}
+    cut = _tpu_layout.Cut.fit(q, 128, **options)
+    assert batch * cut.heads // cut.group == groups, "a core stands still while the other works"
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])

@@ -106,6 +106,22 @@ def test_rows_and_heads_do_not_mix(hidden):
     _assert_close(arguments, FLOAT32, segment_length=11)
 
 
+@pytest.mark.parametrize(
+    ("length", "key_dim", "value_dim", "dtype", "tolerance"),
+    [(300, 128, 64, jnp.float32, FLOAT32), (400, 96, 128, jnp.bfloat16, BFLOAT16)],
+)
+def test_blocks_for_wide_matrix_units_are_read_as_the_reference_reads_them(
+    length, key_dim, value_dim, dtype, tolerance, monkeypatch
+):
+    monkeypatch.setattr(_tpu_matrix, "chip", lambda: "TPU v6 lite")
+    # Products of 128 and fewer tokens, two in a block; tiles of 16 states and of fewer at once.
+    monkeypatch.setattr(_tpu_matrix, "_COLUMNS", 128)
+    monkeypatch.setattr(_tpu_matrix, "_LENGTH_WIDE", 256)
+    monkeypatch.setattr(_tpu_matrix, "_ROWS", 8 * key_dim)
+    arguments = _arguments(length, 29, key_dim, value_dim, segment_length=13)
+    _assert_close(arguments, tolerance, dtype, segment_length=13)
+
+
 @pytest.mark.parametrize("hidden", [None, 128], ids=["matrix", "mlp"])
 def test_bfloat16_is_accurate_to_rounding(hidden):
     arguments = _arguments(600, 17, 64, 64, hidden=hidden, segment_length=35)
@@ -155,6 +171,14 @@ def _gradients(implementation, segment_length=256):
 def test_forward_and_backward_compile(chip, hidden):
     compiled = compile_for(chip, _gradients("tpu"), *_described(128, hidden=hidden))
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+
+
+# At the sizes of 760M and 1.3B.
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("dim", "hidden"), [(96, None), (96, 384), (256, None), (256, 1024)])
+def test_forward_and_backward_compile_at_the_recipes_sizes(chip, dim, hidden):
+    compile_for(chip, _gradients("tpu"), *_described(dim, hidden=hidden, length=4096))
 
 
 @pytest.mark.parametrize("dim", [64, 96, 256])
