@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._platform import platform
+from pallas_kernels._platform import on_tpu, platform
 from pallas_kernels._state import Weights
-from pallas_kernels.routed_read import reference, xla
+from pallas_kernels.routed_read import reference, tpu, xla
 
 __all__ = ["routed_state_read"]
 
@@ -14,6 +14,7 @@ _IMPLEMENTATIONS = {
     "gather": xla.gather,
     "blocks": xla.in_blocks,
     "ragged_dot": xla.by_ragged_dot,
+    "tpu": tpu.routed_state_read,
 }
 
 
