@@ -35,6 +35,8 @@ _SUBLANES = 8
 # A group of states lies in one of two places in turn; one of gradients, which leaves again, in one of three.
 _PLACES, _PLACES_BAR = 2, 3
 _SEMANTICS = ("parallel", "parallel", "arbitrary")
+
+
 def read(
     q: jax.Array, gates: jax.Array, lists: jax.Array, states: jax.Array, plan: Plan, vmem: int | None
 ) -> jax.Array:
@@ -77,18 +79,23 @@ def _read_kernel(
     arrivals,
 ):
     row, head = pl.program_id(0), pl.program_id(1)
+    groups = _groups(list_L, plan)
 
-    def arrival(group):
+    def arriving(group):
         place = jax.lax.rem(group, _PLACES)
-        source = states_BNHKV.at[row, _of_group(group, plan), head]
-        return pltpu.make_async_copy(source, states_2GKV.at[place], arrivals.at[place])
+        for state in range(plan.group):
+            source = states_BNHKV.at[row, group * plan.group + state, head]
+            yield pltpu.make_async_copy(source, states_2GKV.at[place, state], arrivals.at[place])
 
     def widen(tokens):
         wide_CK[tokens] = q_CK[tokens].astype(jnp.float32)
 
     def read_group(group, _):
-        pl.when(group + 1 < _groups(list_L, plan))(arrival(group + 1).start)
-        arrival(group).wait()
+        @pl.when(group + 1 < groups)
+        def _():
+            _start(arriving(group + 1))
+
+        _wait(arriving(group))
         states_GKV = states_2GKV.at[jax.lax.rem(group, _PLACES)]
 
         def visit(state, first, count):
@@ -105,9 +112,9 @@ def _read_kernel(
             out += gates[:, choice : choice + 1] * pairs_PV[_of_choice(choice, tokens, plan)]
         out_CV[tokens] = out.astype(out_CV.dtype)
 
-    arrival(0).start()
+    _start(arriving(0))
     _for_tokens(plan, widen)
-    jax.lax.fori_loop(0, _groups(list_L, plan), read_group, None)
+    jax.lax.fori_loop(0, groups, read_group, None)
     _for_tokens(plan, weigh)
 
 
@@ -200,18 +207,17 @@ def _read_bar_kernel(
 
     def arriving(group):
         place, place_bar = jax.lax.rem(group, _PLACES), jax.lax.rem(group, _PLACES_BAR)
-        here = row, _of_group(group, plan), head
-        return (
-            pltpu.make_async_copy(states_BNHKV.at[here], states_2GKV.at[place], arrivals.at[place]),
-            pltpu.make_async_copy(
-                states_bar_BNHKV.at[here], sums_3GKV.at[place_bar], arrivals_bar.at[place_bar]
-            ),
-        )
+        for state in range(plan.group):
+            here = row, group * plan.group + state, head
+            target, sums = states_2GKV.at[place, state], sums_3GKV.at[place_bar, state]
+            yield pltpu.make_async_copy(states_BNHKV.at[here], target, arrivals.at[place])
+            yield pltpu.make_async_copy(states_bar_BNHKV.at[here], sums, arrivals_bar.at[place_bar])
 
-    def departure(group):
+    def departing(group):
         place = jax.lax.rem(group, _PLACES_BAR)
-        target = states_bar_BNHKV.at[row, _of_group(group, plan), head]
-        return pltpu.make_async_copy(sums_3GKV.at[place], target, departures.at[place])
+        for state in range(plan.group):
+            target = states_bar_BNHKV.at[row, group * plan.group + state, head]
+            yield pltpu.make_async_copy(sums_3GKV.at[place, state], target, departures.at[place])
 
     def weigh(tokens):
         wide_CV[tokens] = out_bar_CV[tokens].astype(jnp.float32)
@@ -223,15 +229,13 @@ def _read_bar_kernel(
         # The place that the next gradients come to was left two groups ago.
         @pl.when(group >= 2)
         def _():
-            departure(group - 2).wait()
+            _wait(departing(group - 2))
 
         @pl.when(group + 1 < groups)
         def _():
-            for copy in arriving(group + 1):
-                copy.start()
+            _start(arriving(group + 1))
 
-        for copy in arriving(group):
-            copy.wait()
+        _wait(arriving(group))
         states_GKV = states_2GKV.at[jax.lax.rem(group, _PLACES)]
         sums_GKV = sums_3GKV.at[jax.lax.rem(group, _PLACES_BAR)]
 
@@ -241,15 +245,13 @@ def _read_bar_kernel(
 
             _for_rows(list_L, first, count, gather)
             there = jax.lax.broadcasted_iota(jnp.int32, (_ROWS, 1), 0) < count
-            weighed, out_bar = (
-                jnp.where(there, rows[...], 0.0).astype(dtype) for rows in (rows_RK, rows_RV)
-            )
+            weighed, out_bar = (jnp.where(there, rows[...], 0.0).astype(dtype) for rows in (rows_RK, rows_RV))
             sums_GKV[state] += _product(weighed, out_bar, 0, 0)
             rows_RK[...] = _product(out_bar, states_GKV[state], 1, 1)
             _for_rows(list_L, first, count, lambda row, pair: [(pairs_PK, pair, rows_RK, row)])
 
         _for_blocks(plan, list_L, group, visit)
-        departure(group).start()
+        _start(departing(group))
 
     def weigh_bar(tokens):
         q, gates = q_CK[tokens].astype(jnp.float32), gates_kC[:, tokens].T
@@ -262,15 +264,14 @@ def _read_bar_kernel(
         q_bar_CK[tokens] = q_bar.astype(dtype)
         gates_bar_kC[:, tokens] = bars.T
 
-    for copy in arriving(0):
-        copy.start()
+    _start(arriving(0))
     _for_tokens(plan, weigh)
     jax.lax.fori_loop(0, groups, read_group, None)
     for last in (1, 2):
 
         @pl.when(groups >= last)
         def _(last=last):
-            departure(groups - last).wait()
+            _wait(departing(groups - last))
 
     _for_tokens(plan, weigh_bar)
 
@@ -289,8 +290,14 @@ def _groups(list_L, plan: Plan):
     return list_L[plan.states + 1]
 
 
-def _of_group(group, plan: Plan):
-    return pl.ds(group * plan.group, plan.group)
+def _start(copies):
+    for copy in copies:
+        copy.start()
+
+
+def _wait(copies):
+    for copy in copies:
+        copy.wait()
 
 
 def _for_blocks(plan: Plan, list_L, group, visit):
@@ -322,9 +329,7 @@ def _for_rows(list_L, first, count, copy):
             target[pl.ds(at, 1)] = value
 
     whole = jax.lax.div(count, _UNROLLED)
-    jax.lax.fori_loop(
-        0, whole, lambda i, _: turn(pl.multiple_of(i * _UNROLLED, _UNROLLED), _UNROLLED), None
-    )
+    jax.lax.fori_loop(0, whole, lambda i, _: turn(pl.multiple_of(i * _UNROLLED, _UNROLLED), _UNROLLED), None)
     jax.lax.fori_loop(whole * _UNROLLED, count, lambda row, _: turn(row, 1), None)
 
 
@@ -352,7 +357,9 @@ def _heads_first(x_BTHK: jax.Array, plan: Plan) -> jax.Array:
 def _gates_first(gates_BTHk: jax.Array, plan: Plan) -> jax.Array:
     """Tokens along lanes, where few choices take little room: [B, H, k, T]."""
     more = plan.pieces * plan.length - gates_BTHk.shape[1]
-    return jnp.pad(gates_BTHk, ((0, 0), (0, more), (0, 0), (0, -plan.choices % _SUBLANES))).transpose(0, 2, 3, 1)
+    return jnp.pad(gates_BTHk, ((0, 0), (0, more), (0, 0), (0, -plan.choices % _SUBLANES))).transpose(
+        0, 2, 3, 1
+    )
 
 
 def _padded(states_BNHKV: jax.Array, plan: Plan) -> jax.Array:

@@ -75,7 +75,10 @@ def fit(q: jax.Array, choices: int, states: jax.Array, *, group: int, vmem: int 
     pieces = -(-tokens // most)
     length = _whole(-(-tokens // pieces), _LANES)
     plan = Plan(
-        length=length, pieces=pieces, choices=choices, states=_whole(count, min(group, count)),
+        length=length,
+        pieces=pieces,
+        choices=choices,
+        states=_whole(count, min(group, count)),
         group=min(group, count),
     )
     # A key is a state and a pair in 31 bits.
@@ -90,10 +93,9 @@ def lists(indices_BTHk: jax.Array, plan: Plan) -> jax.Array:
     state = jnp.pad(indices_BTHk, more, constant_values=plan.states)
     state = state.reshape(batch, plan.pieces, plan.length, heads, choices)
     state = state.transpose(0, 3, 1, 4, 2).reshape(-1, choices * plan.length)
-    pair = (jnp.arange(choices, dtype=jnp.int32) << plan.bits)[:, None] + jnp.arange(
-        plan.length, dtype=jnp.int32
-    )
-    keys = (state << _pair_bits(plan)) + pair.reshape(-1)
+    choice = jnp.arange(choices, dtype=jnp.int32)[:, None] << plan.bits
+    pair = choice + jnp.arange(plan.length, dtype=jnp.int32)[None]
+    keys = (state << _pair_bits(plan)) + pair.reshape(1, -1)
     pairs = jax.lax.sort(keys, dimension=1, is_stable=False) & ((1 << _pair_bits(plan)) - 1)
     end = jnp.cumsum(_count(state, plan.states), axis=1)
     start = jnp.pad(end, ((0, 0), (1, 0)))
@@ -113,8 +115,8 @@ def _count(state: jax.Array, states: int) -> jax.Array:
     """
     low = 1 << (states.bit_length() // 2)
     high = -(-states // low)
-    rows = (state[:, None] // low == jnp.arange(high)[:, None]).astype(jnp.bfloat16)
-    columns = (state[:, None] % low == jnp.arange(low)[:, None]).astype(jnp.bfloat16)
+    rows = (state[:, None] // low == jnp.arange(high, dtype=jnp.int32)[None, :, None]).astype(jnp.bfloat16)
+    columns = (state[:, None] % low == jnp.arange(low, dtype=jnp.int32)[None, :, None]).astype(jnp.bfloat16)
     count = jnp.einsum("ghp,glp->ghl", rows, columns, preferred_element_type=jnp.float32)
     return count.reshape(state.shape[0], -1)[:, :states].astype(jnp.int32)
 
