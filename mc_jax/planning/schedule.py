@@ -2,8 +2,7 @@
 
 A line is a bundle: what a core issues in one cycle. Angle brackets before it tell how many loops it is in;
 "LB" marks the first bundle of a loop's body. A loop whose number of turns the compiler knows ends in a
-comparison with that number, and a branch. Until then all bundles are its own: those with fewer brackets hold
-work from around it, done in its slots that are free.
+comparison with that number.
 """
 
 import dataclasses
@@ -12,8 +11,6 @@ from collections.abc import Iterator
 
 _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?P<mark>[A-Z]{2})?\s*:(?P<nesting>[ >]*)\{(?P<body>.*)$")
 _TURNS = re.compile(r"scmp\.ge\.s32\.totalorder %\S+, (\d+) /\* loop exit test \*/")
-_EXIT = re.compile(r"(%\S+) = scmp\.ge\.s32\.totalorder %\S+, \d+ /\* loop exit test \*/")
-_BRANCH = re.compile(r"sbr\.rel \(!(%\S+?)\) target")
 _COPY = re.compile(r"dma\.(?:hbm_to_vmem|vmem_to_hbm) .*?/\*size_in_granules=\*/(\d+)")
 _GRANULE = 32
 
@@ -52,45 +49,24 @@ class Loop:
 
 def read_schedule(text: str) -> Loop:
     """Return the kernel of a file `*final_bundles.txt`, which libtpu writes with --xla_jf_dump_llo_text."""
-    bundles = [match for line in text.splitlines() if (match := _BUNDLE.match(line))]
-    ends = _ends(bundles)
     kernel = Loop(turns=1)
-    nest, open_until = [kernel], [len(bundles)]
-    for place, bundle in enumerate(bundles):
-        depth = _depth(bundle)
+    nest = [kernel]
+    for line in text.splitlines():
+        bundle = _BUNDLE.match(line)
+        if bundle is None:
+            continue
+        depth = bundle["nesting"].count(">")
         body = bundle["body"]
         if body.startswith("}") and depth == 0:
             depth = len(nest) - 1  # a bundle that only waits carries no brackets
-        while len(nest) > depth + 1 and open_until[-1] < place:
-            nest.pop()
-            open_until.pop()
         if bundle["mark"] == "LB":
-            del nest[depth:], open_until[depth:]
+            del nest[depth:]
             nest[-1].loops.append(Loop())
             nest.append(nest[-1].loops[-1])
-            open_until.append(ends.get(place, -1))
+        del nest[depth + 1 :]
         here = nest[-1]
         here.bundles += 1
         here.copied += sum(_GRANULE * int(granules) for granules in _COPY.findall(body))
         if turns := _TURNS.search(body):
             here.turns = int(turns[1])
     return kernel
-
-
-def _depth(bundle: re.Match[str]) -> int:
-    return bundle["nesting"].count(">")
-
-
-def _ends(bundles: list[re.Match[str]]) -> dict[int, int]:
-    """Where the loops whose turns are known end: from the place of their first bundle to that of the branch."""
-    tests = {name for bundle in bundles for name in _EXIT.findall(bundle["body"])}
-    ends, starts = {}, []
-    for place, bundle in enumerate(bundles):
-        if bundle["mark"] == "LB":
-            starts.append(place)
-        for name in _BRANCH.findall(bundle["body"]):
-            same = [start for start in starts if _depth(bundles[start]) >= _depth(bundle)]
-            if name in tests and same:
-                ends[same[-1]] = place
-                starts.remove(same[-1])
-    return ends

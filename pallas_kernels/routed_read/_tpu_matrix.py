@@ -5,15 +5,15 @@ gathered in VMEM, row by row, multiplied by the state, and the results put into 
 pairs share a row, so nothing is added up on the way. When all states have passed, each token weighs what its
 choices read, in order.
 
-Backward, with P_j = M_j dO of a token's j-th choice, the gradients are dq = sum_j g_j P_j, dg_j = <P_j, q> and
-dM_n = sum of (g q)^T dO over the pairs that read state n. P_j takes the place that g_j q had.
+Backward, with P_j = M_j dO of a token's j-th choice, the gradients are dq = sum_j g_j P_j, dg_j = <P_j, q>
+and dM_n = sum of (g q)^T dO over the pairs that read state n. P_j takes the place that g_j q had.
 
 A step of the grid is a piece of a head's tokens. States come by copies of this kernel's own, some at a time,
 those to come while others are read, up to the last one that is read; their gradients come and go likewise,
 since every piece adds to them.
 
-Shapes: B batch, H heads, K key dim, V value dim, k choices, C tokens of a piece, P rows of pairs, L numbers of
-a list, G states of a group, R rows of a block.
+Shapes: B batch, T tokens, H heads, K key dim, V value dim, N states, k choices, C tokens of a piece, P rows
+of pairs, L numbers of a list, G states of a group, R rows of a block.
 """
 
 import functools
@@ -301,7 +301,7 @@ def _wait(copies):
 
 
 def _for_blocks(plan: Plan, list_L, group, visit):
-    """Call `visit` with a state in a group, the place in the list of a block's first pair, and their number."""
+    """Call `visit` with a state in its group, where in the list a block starts, and how many pairs it has."""
 
     def state_turn(state, _):
         number = group * plan.group + state
@@ -317,7 +317,7 @@ def _for_blocks(plan: Plan, list_L, group, visit):
 
 
 def _for_rows(list_L, first, count, copy):
-    """Copy a block's rows: `copy` tells of a row and its pair what is copied, (to, its row, from, its row)."""
+    """Copy a block's rows: `copy` tells of a row and its pair what to copy, (to, its row, from, its row)."""
 
     def turn(row, rows):
         copies = []

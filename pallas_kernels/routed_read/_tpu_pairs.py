@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def heading(self) -> int:
-        """Numbers of a list before its pairs: where each state's start, the end, and how many groups are read."""
+        """Numbers of a list before its pairs: where each state's start, the end, the groups that are read."""
         return _whole(self.states + 2, _NUMBERS)
 
     @property

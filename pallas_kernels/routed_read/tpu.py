@@ -30,7 +30,8 @@ def routed_state_read(q: jax.Array, gates: jax.Array, indices: jax.Array, states
     plan = _plan(q, indices.shape[3], states)
     if plan is None:
         raise ValueError(
-            f"{states.shape[1]} states of {states.shape[3:]} do not fit a TPU's kernel; leave implementation out"
+            f"{states.shape[1]} states of {states.shape[3:]} do not fit a TPU's kernel; "
+            "leave implementation out"
         )
     if q.size == 0 or indices.size == 0:
         return jnp.zeros((*q.shape[:-1], states.shape[-1]), q.dtype)
