@@ -68,7 +68,10 @@ def fit(q: jax.Array, choices: int, states: jax.Array, *, group: int, vmem: int 
     forward = 4 * (choices * value_dim + key_dim) + 2 * q.dtype.itemsize * (key_dim + value_dim)
     backward = 4 * (choices * key_dim + value_dim) + 2 * q.dtype.itemsize * (2 * key_dim + value_dim)
     gates = 4 * 4 * _whole(choices, 8)
-    most = min(int(_SHARE * (vmem or _VMEM)) // (max(forward, backward) + gates), _PAIRS // choices)
+    # Groups of states in two places, of their gradients in three.
+    groups = group * key_dim * value_dim * (2 * q.dtype.itemsize + 3 * 4)
+    room = int(_SHARE * (vmem or _VMEM)) - groups
+    most = min(room // (max(forward, backward) + gates), _PAIRS // choices)
     if most < _LANES:
         return None
     most = 1 << (most.bit_length() - 1)
