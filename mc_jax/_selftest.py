@@ -32,6 +32,10 @@ def _any_form(platform: str, _dtype) -> tuple[str, ...]:
     return (platform, "xla") if platform in ("tpu", "gpu") else ("xla",)
 
 
+def _groupings_and_kernel(platform: str, dtype) -> tuple[str, ...]:
+    return (("tpu",) if platform == "tpu" else ()) + _groupings(platform, dtype)
+
+
 def _groupings(_platform: str, _dtype) -> tuple[str, ...]:
     return ("gather", "blocks", "ragged_dot")
 
@@ -176,7 +180,9 @@ def cases() -> list[Case]:
         def run(q, gates, states, *, implementation):
             return ops.routed_state_read(q, gates, indices, states, implementation=implementation)
 
-        return Case(f"routed_state_read, {kind}", run, (q, chosen_gates, states), _groupings)
+        # There is a TPU's kernel for matrices alone.
+        versions = _groupings if isinstance(states, tuple) else _groupings_and_kernel
+        return Case(f"routed_state_read, {kind}", run, (q, chosen_gates, states), versions)
 
     def decoding(rule: str, **coefficients: jax.Array) -> Case:
         numbers = {name: x[:, 0] for name, x in coefficients.items()}

@@ -13,12 +13,16 @@ from mc_jax.caching import logarithmic
 from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Scores, Selection
 from mc_jax.caching.settings import Settings
 from mc_jax.memories import Memory
+from pallas_kernels._platform import chip, platform
 from pallas_kernels._state import Weights
 
 # From how many cached states for each selected one on, tokens are grouped by state, and not all states read
 # with most gates zero. Measured on two CPU cores, forward and backward (WORKSPACE.md): both take as long at 3
-# to 6, whatever the dims and top_k; arithmetic puts it at 7 to 13 on accelerators.
+# to 6, whatever the dims and top_k.
 GROUPED_FROM = 8
+# The same where both are kernels of a TPU, by their schedules (WORKSPACE.md): as long at some 39 on a v5e and
+# 64 on a v6e, whose larger matrix units favour reading all. Other chips were not measured.
+GROUPED_FROM_ON_V5E, GROUPED_FROM_ON_TPU = 40, 64
 
 
 class Routing(NamedTuple):
@@ -71,7 +75,7 @@ def choose(
             return logarithmic.checkpoint_gates(gates, groups, eligible.shape[-1])
         assert cached.log_retention is not None
         return logarithmic.merged_gates(gates, groups, cached.log_retention)
-    if aggregation.select is not None and top_k is None and _is_grouped(settings, *eligible.shape[1:]):
+    if aggregation.select is not None and top_k is None and _is_grouped(settings, eligible, cached.states):
         assert scores is not None
         assert settings.top_k is not None
         return aggregation.select(scores, eligible, settings.top_k)
@@ -104,9 +108,15 @@ def combine(
     return y if skip is None else y + skip.astype(dtype)
 
 
-def _is_grouped(settings: Settings, tokens: int, states: int) -> bool:
+def _is_grouped(settings: Settings, eligible: jax.Array, weights: Weights) -> bool:
     if settings.selected_read is not None:
         return settings.selected_read == "grouped"
     assert settings.top_k is not None
+    _, tokens, states = eligible.shape
     # There is nothing to group in a single token, in decoding: only the states it selects are touched.
-    return states >= GROUPED_FROM * settings.top_k or (tokens == 1 and states > settings.top_k)
+    if tokens == 1:
+        return states > settings.top_k
+    least = GROUPED_FROM
+    if platform() == "tpu" and not isinstance(weights, tuple):
+        least = GROUPED_FROM_ON_V5E if chip() == "TPU v5 lite" else GROUPED_FROM_ON_TPU
+    return states >= least * settings.top_k

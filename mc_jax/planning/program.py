@@ -148,7 +148,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             here = head["name"]
             found[here] = []
             entry = here if head["entry"] else entry
-        elif line.startswith("}"):
+        elif line == "}":  # those of a constant's rows are not alone
             here = ""
         elif here:
             found[here].append(line)

@@ -3,17 +3,26 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._platform import platform
+from pallas_kernels._platform import on_tpu, platform
 from pallas_kernels._state import Weights
-from pallas_kernels.routed_read import reference, xla
+from pallas_kernels.routed_read import reference, tpu, xla
 
 __all__ = ["routed_state_read"]
+
+
+def _xla(q, gates, indices, states):
+    # A token alone (in decoding) has nothing to share a state with.
+    grouped = xla.in_blocks if platform() == "cpu" else xla.by_ragged_dot
+    return (grouped if q.shape[1] > 1 else xla.gather)(q, gates, indices, states)
+
 
 _IMPLEMENTATIONS = {
     "reference": reference.routed_state_read,
     "gather": xla.gather,
     "blocks": xla.in_blocks,
     "ragged_dot": xla.by_ragged_dot,
+    "tpu": tpu.routed_state_read,
+    "xla": _xla,
 }
 
 
@@ -37,14 +46,17 @@ def routed_state_read(
         state chosen twice is read twice.
       states: cached matrices [batch, states, heads, key_dim, value_dim], or of MLPs the pair (w_in [batch,
         states, heads, key_dim, hidden], w_out [batch, states, heads, hidden, value_dim]).
-      implementation: "gather", "blocks", "ragged_dot" or "reference"; None picks the best for the platform
-        of the mesh that is set (`jax.set_mesh`), or else of the default device.
+      implementation: "tpu", "xla" or "reference"; None picks the best for the platform of the mesh that is
+        set (`jax.set_mesh`), or else of the default device. "tpu" is of matrices, float32 and bfloat16, and
+        not split over devices by itself: it belongs in a `jax.shard_map` over batch and heads. "xla" is the
+        best for the platform of "gather", "blocks" and "ragged_dot", which can be asked for as well.
 
     Returns:
       [batch, length, heads, value_dim] of q's dtype.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together, no states, or an unknown implementation.
+      ValueError: shapes or dtypes that do not fit together, no states, an unknown implementation, or "tpu"
+        where it has no kernel.
     """
     batch, length, heads, key_dim = q.shape
     if gates.shape != indices.shape or gates.ndim != 4 or gates.shape[:3] != (batch, length, heads):
@@ -68,9 +80,8 @@ def routed_state_read(
             "give [batch, states, heads, hidden, value_dim]"
         )
     if implementation is None:
-        # A token alone (in decoding) has nothing to share a state with.
-        grouped = "blocks" if platform() == "cpu" else "ragged_dot"
-        implementation = grouped if length > 1 else "gather"
+        kernel = length > 1 and on_tpu(q) and tpu.fits(q, indices.shape[3], states)
+        implementation = "tpu" if kernel else "xla"
     if implementation not in _IMPLEMENTATIONS:
         names = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"unknown implementation {implementation!r}; choose from {names}")
