@@ -42,7 +42,7 @@ class Started:
 
     def lines(self) -> list[str]:
         """What it printed, without what the libraries tell of their connections."""
-        lines = self.output.read_text().splitlines()
+        lines = self.output.read_text().splitlines() if self.output.exists() else []
         return [line for line in lines if "[Gloo]" not in line and "absl" not in line]
 
 

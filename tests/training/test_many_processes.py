@@ -1,10 +1,14 @@
 """Several processes train as one does, stop together, and none waits for one that is gone."""
 
+import json
 import pathlib
 import shutil
 
 import pytest
 from training_process import start_two
+
+from mc_jax._recipes import load_recipe
+from mc_jax.training import loop
 
 pytestmark = pytest.mark.xdist_group("many processes")  # one worker: they share a run
 
@@ -41,8 +45,46 @@ def workplace(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(workplace):
+    """The steps of a run of one process that nothing disturbed."""
+    train_alone(workplace, "whole")
+    return steps_of(workplace, "whole")
+
+
+def train_alone(workplace: pathlib.Path, name: str) -> int:
+    """Train, or go on, in this process with its eight devices."""
+    return loop.train(load_recipe(str(workplace / "tiny.py"))[2], workplace / "runs" / name)
+
+
 def start(workplace: pathlib.Path, name: str, **of_second):
     return start_two(workplace, "train", "tiny.py", "--name", name, output=name, **of_second)
+
+
+def steps_of(workplace: pathlib.Path, name: str) -> list[dict]:
+    return [
+        json.loads(line) for line in (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def must_be_the_same(steps: list[dict], whole: list[dict]) -> None:
+    assert [line["step"] for line in steps] == [line["step"] for line in whole]
+    for line, expected in zip(steps, whole, strict=True):
+        # Adam blows up what the order of sums rounds, and gradients show it more than losses.
+        names = {"loss": 1e-5, "grad_norm": 1e-5} if line["step"] <= 3 else {"loss": 1e-3}
+        for name, relative in names.items():
+            assert line[name] == pytest.approx(expected[name], rel=relative), f"{name} of step {line['step']}"
+
+
+def test_two_processes_train_as_one_and_the_first_one_alone_tells(workplace, whole):
+    first, second = start(workplace, "two")
+    assert (first.end(), second.end()) == (0, 0), first.lines() + second.lines()
+    must_be_the_same(steps_of(workplace, "two"), whole)
+    assert "2 devices of 2 processes" in first.lines()[0]
+    assert first.lines()[-1] == "report: runs/two/report.html"
+    assert (workplace / "runs" / "two" / "report.html").exists()
+    assert second.lines() == [], "only process 0 prints"
+    assert len(list((workplace / "runs" / "two" / "tensorboard").iterdir())) == 1, "only process 0 writes"
 
 
 def test_processes_that_were_started_differently_all_say_so(workplace):
