@@ -64,18 +64,22 @@ def settings_of(memory: str, **changes) -> caching.Settings:
     )
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 # Each memory with another way to read: both cost seconds to compile.
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("memory", "mlp", "changes", "router"),
     [
-        ("linear", False, {"aggregation": "gated"}, "inputs"),
+        slow("linear", False, {"aggregation": "gated"}, "inputs"),
         ("swla", False, {"aggregation": "sparse", "top_k": 1, "router_blocks": 2}, "inputs"),
         ("delta", False, {"aggregation": "sparse", "top_k": 2, "selected_read": "dense"}, "keys"),
-        ("titans", False, {"aggregation": "average", "top_k": 2}, "inputs"),
-        ("dla", True, {"aggregation": "residual", "segment_init": "independent"}, "inputs"),
+        slow("titans", False, {"aggregation": "average", "top_k": 2}, "inputs"),
+        slow("dla", True, {"aggregation": "residual", "segment_init": "independent"}, "inputs"),
         ("titans", True, {"aggregation": "soup"}, "inputs"),
-        ("linear", False, {"segmentation": "logarithmic"}, "inputs"),
+        slow("linear", False, {"segmentation": "logarithmic"}, "inputs"),
         ("linear", False, {"segmentation": "logarithmic", "segment_init": "independent"}, "inputs"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),

@@ -41,6 +41,7 @@ def test_first_gradients_of_shared_rows_are_those_on_one_device(name, mesh):
     must_agree(name, MESHES[mesh], length=LENGTH, most=2e-5)
 
 
+@pytest.mark.slow
 def test_twenty_losses_of_shared_rows_are_those_on_one_device():
     config = config_of(MODELS["linear, gated"], context_length=LENGTH)
     found, expected = losses(config, MESHES["fsdp 2, sequence 4"], 20), losses(config, ONE, 20)
@@ -164,6 +165,7 @@ def test_each_weight_is_gathered_once_forward_and_once_backward(linear_step):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["linear", "delta"])
 def test_a_step_for_four_tpus_that_share_rows_runs_the_kernels(memory):
     model = {"memory": memory, "model_dim": 512, "num_heads": 4, "mlp_dim": 512, "num_layers": 1}
