@@ -99,6 +99,7 @@ def plan(
     chip = CHIPS[where.chip]
     mesh = make_mesh(config.mesh, devices)
     must_fit(mesh, config)
+    capacity = capacity_of(devices[0], chip.memory)
     with jax.set_mesh(mesh):
         if estimate:
             forget_schedules()
@@ -111,7 +112,7 @@ def plan(
                 raise
             compiled = None
         else:
-            memory = compiled_memory(compiled, state, batch, capacity_of(devices[0], chip.memory))
+            memory = compiled_memory(compiled, state, batch, capacity)
     flops = flops_of(config, state.parameters)
     sent, speed = (), None
     if compiled is not None:

@@ -19,9 +19,9 @@ class Group:
     work: str
     """What they do, such as "matrix products"."""
     forward: float
-    """Cycles in a step, what is computed again for the gradient included where the compiler says so."""
+    """Cycles in a step."""
     backward: float
-    """Cycles in a step, of the gradient."""
+    """Cycles in a step, of the gradient and of what is computed again for it."""
 
     @property
     def cycles(self) -> float:

@@ -113,7 +113,7 @@ class _Reader:
 
         def value(atom: Any) -> Any:
             if hasattr(atom, "val"):
-                return np.asarray(atom.val) if np.ndim(atom.val) == 0 else None
+                return np.asarray(atom.val) if _is_whole(atom) else None
             return known.get(atom)
 
         for equation in program.eqns:
@@ -129,7 +129,7 @@ class _Reader:
                 self._loop(equation, inputs, runs)
             elif name == "cond":
                 self._branch(equation, inputs, runs)
-            elif name in _ARITHMETIC and all(one is not None for one in inputs):
+            elif name in _ARITHMETIC and _is_whole(*equation.outvars) and all(x is not None for x in inputs):
                 results = [_ARITHMETIC[name](*inputs)]
             else:
                 again = runs * equation.params.get("length", 1) if name == "scan" else runs
@@ -159,6 +159,11 @@ class _Reader:
         for number, branch in enumerate(equation.params["branches"]):
             taken = runs if inputs[0] is None else runs * (inputs[0] == number)
             self.run(getattr(branch, "jaxpr", branch), inputs[1:], taken)
+
+
+def _is_whole(*atoms: Any) -> bool:
+    """Whether these are scalars of whole numbers or truth values, as loops' bounds are."""
+    return all(atom.aval.shape == () and atom.aval.dtype.kind in "iub" for atom in atoms)
 
 
 def _product(equation: Any) -> float:
