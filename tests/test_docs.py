@@ -41,8 +41,10 @@ def check(command: Command, folder: pathlib.Path) -> None:
             assert (ROOT / script).is_file(), command
             parse_mc_jax(["train", *words[words.index(script) + 1 :]])
         case "uv":
-            assert words[:2] == ["sync", "--extra"], command
-            assert words[2] in extras(), f"{command.where}: there is no extra {words[2]}"
+            assert words[:2] == ["sync", "--inexact"], (
+                f"{command.where}: what was added before would be removed"
+            )
+            assert words[3] in parts(words[2]), f"{command.where}: there is no {words[2]} {words[3]}"
         case _ if program.startswith("scripts/"):
             assert os.access(ROOT / program, os.X_OK), f"{command.where}: there is no program {program}"
         case _:
@@ -68,9 +70,11 @@ def what_gke_starts(words: list[str], folder: pathlib.Path) -> list[str]:
     return shlex.split(done.stdout.partition(" mc-jax ")[2])
 
 
-def extras() -> set[str]:
-    """Those of pyproject.toml."""
-    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+def parts(option: str) -> set[str]:
+    """What pyproject.toml has for `uv sync --extra` or `uv sync --group`."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras, groups = settings["project"]["optional-dependencies"], settings["dependency-groups"]
+    return set({"--extra": extras, "--group": groups}[option])
 
 
 def check_sky(words: list[str]) -> None:
