@@ -1,7 +1,7 @@
 """Plan the paper's recipes on TPUs that are not here, and write docs/performance.md.
 
-Each plan is a process of its own and takes minutes; its result is kept in build/performance and not made
-again while the code is as it was, so a run that was broken off goes on.
+Each plan is a process of its own and takes minutes. Its result is kept in build/performance, with the commit that
+it is of, so a run that was broken off goes on; --again makes all anew.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = _ROOT / "build/performance"
 _PAGE = _ROOT / "docs/performance.md"
-_SOURCES = ("mc_jax", "pallas_kernels", "experiments")
 
 # 2 rows a chip, as a batch of half a million tokens has on 64.
 _MODELS = ("linear-gated", "linear-sparse", "titans-gated", "transformer")
@@ -40,12 +39,9 @@ def _cases() -> dict[str, list[str]]:
     return found
 
 
-def _code() -> str:
-    digest = hashlib.sha256()
-    for folder in _SOURCES:
-        for file in sorted((_ROOT / folder).rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+def _commit() -> str:
+    git = ("git", "rev-parse", "--short", "HEAD")
+    return subprocess.run(git, capture_output=True, text=True, check=True, cwd=_ROOT).stdout.strip()
 
 
 def _file(name: str) -> Path:
@@ -53,12 +49,12 @@ def _file(name: str) -> Path:
 
 
 def _kept(name: str, arguments: list[str]) -> dict | None:
-    """What was planned last, with the code it was planned by."""
+    """What was planned last, with the commit that it is of."""
     found = json.loads(_file(name).read_text()) if _file(name).exists() else None
     return found if found and found["arguments"] == arguments else None
 
 
-def _plan(name: str, arguments: list[str], code: str) -> bool:
+def _plan(name: str, arguments: list[str]) -> bool:
     """Whether it went well."""
     print(f"{name} ...", flush=True)
     command = [sys.executable, "-m", "mc_jax.cli", "plan", *arguments, "--json"]
@@ -67,22 +63,25 @@ def _plan(name: str, arguments: list[str], code: str) -> bool:
         print(run.stderr[-2000:], file=sys.stderr)
         return False
     _RESULTS.mkdir(parents=True, exist_ok=True)
-    _file(name).write_text(json.dumps({"code": code, "arguments": arguments, "plan": json.loads(run.stdout)}))
+    _file(name).write_text(
+        json.dumps({"commit": _commit(), "arguments": arguments, "plan": json.loads(run.stdout)})
+    )
     return True
 
 
-def _row(name: str, plan: dict) -> str:
+def _row(name: str, found: dict) -> str:
+    plan, commit = found["plan"], found["commit"]
     memory = plan["memory"]
     held = f"{memory['total'] / 1e9:.1f} of {memory['capacity'] / 1e9:.1f}"
     speed = plan["speed"]
     if speed is None:
-        return f"| {name} | {plan['rows']} | {plan['remat']} | {held}: does not fit | | | |"
+        return f"| {name} | {plan['rows']} | {plan['remat']} | {held}: does not fit | | | | {commit} |"
     most, least = (100 * share for share in speed["mfu"])
     fast, slow = (tokens / plan["chips"] for tokens in speed["tokens_per_second"])
     return (
         f"| {name} | {plan['rows']} | {plan['remat']} | {held} "
         f"| {speed['least_seconds']:.3f} to {speed['most_seconds']:.3f} "
-        f"| {slow:,.0f} to {fast:,.0f} | {least:.1f} to {most:.1f} |"
+        f"| {slow:,.0f} to {fast:,.0f} | {least:.1f} to {most:.1f} | {commit} |"
     )
 
 
@@ -101,17 +100,15 @@ writes this page; one line of it is, for example,
 mc-jax plan paper-1.3b-linear-gated --topology v5p:4x4x4
 ```
 
-| model, topology | rows a chip | remat | HBM, GB | step, s | tokens/s a chip | MFU, % |
-|---|---|---|---|---|---|---|
+| model, topology | rows a chip | remat | HBM, GB | step, s | tokens/s a chip | MFU, % | commit |
+|---|---|---|---|---|---|---|---|
 """
 
 
-def _write(code: str) -> None:
-    """Write the page with all that has been planned; what other code was planned for says so."""
-    rows = []
-    for name, arguments in _cases().items():
-        if found := _kept(name, arguments):
-            rows.append(_row(name if found["code"] == code else f"{name} (code before this)", found["plan"]))
+def _write() -> None:
+    """Write the page with all that has been planned."""
+    found = ((name, _kept(name, arguments)) for name, arguments in _cases().items())
+    rows = [_row(name, one) for name, one in found if one]
     _PAGE.write_text(_HEAD + "\n".join(rows) + "\n")
 
 
@@ -119,14 +116,14 @@ def main() -> int:
     """Plan what is asked for and not there yet, and write the page."""
     parser = argparse.ArgumentParser(prog="scripts/performance", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="plan those whose names have this in them")
+    parser.add_argument("--again", action="store_true", help="plan what has been planned, too")
     chosen = parser.parse_args()
-    code, failed = _code(), []
+    failed = []
     for name, arguments in _cases().items():
-        found = _kept(name, arguments)
-        if chosen.only in name and (found is None or found["code"] != code):
-            failed += [] if _plan(name, arguments, code) else [name]
-            _write(code)
-    _write(code)
+        if chosen.only in name and (chosen.again or _kept(name, arguments) is None):
+            failed += [] if _plan(name, arguments) else [name]
+            _write()
+    _write()
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,5 +1,6 @@
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -147,7 +148,7 @@ def test_a_command_has_help(capsys, command):
 
 def test_help_of_train_lists_recipes_and_fields(capsys):
     text = shown_help(capsys, "train")
-    assert "\n  quickstart  A gated Memory Caching model" in text
+    assert re.search(r"\n  quickstart +A gated Memory Caching model", text)
     assert "--model.segment-length INT" in text
 
 
