@@ -1,7 +1,7 @@
 """Plan the paper's recipes on TPUs that are not here, and write docs/performance.md.
 
-Each plan is a process of its own and takes minutes. Its result is kept in build/performance, with the commit that
-it is of, so a run that was broken off goes on; --again makes all anew.
+Each plan is a process of its own and takes minutes. Its result is kept in build/performance, with the commit
+that it is of, so a run that was broken off goes on; --again makes all anew.
 """
 
 import argparse
