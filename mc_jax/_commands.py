@@ -317,7 +317,6 @@ def plan(arguments: Sequence[str]) -> None:
     if chosen.search and (chosen.json or len(chosen.topology) > 1):
         raise UsageError("--search prints what it finds for one --topology; leave --json and the others out")
     validate(chosen.config)
-    _must_be_size(chosen.vocab_size)
     if chosen.search:
         _search(chosen)
         return
@@ -347,7 +346,6 @@ def _plan_help() -> str:
 
 
 def _compare_plans(chosen: CompareArguments) -> None:
-    _must_be_size(chosen.vocab_size)
     wanted = []
     for one in chosen.compare:
         recipe, at, topology = one.rpartition("@")
@@ -360,21 +358,14 @@ def _compare_plans(chosen: CompareArguments) -> None:
     _print_plans(wanted, slices=chosen.slices, vocab_size=chosen.vocab_size, as_json=chosen.json)
 
 
-def _must_be_size(vocab_size: int | None) -> None:
-    if vocab_size is not None and vocab_size < 1:
-        raise UsageError(f"--vocab-size {vocab_size} is no size; set it to 1 or more, for example to 32000")
-
-
 def _print_plans(
     wanted: Sequence[tuple[str, Config, str]], *, slices: int, vocab_size: int | None, as_json: bool
 ) -> None:
+    from mc_jax.planning import plan as make_plan
+    from mc_jax.planning.show import compare, print_json, show
     from mc_jax.planning.topology import read_topology
 
     titles = [f"{name} on {read_topology(topology, slices).title}" for name, _, topology in wanted]
-
-    from mc_jax.planning import plan as make_plan
-    from mc_jax.planning.show import compare, print_json, show
-
     plans = [
         (title, make_plan(config, topology=topology, slices=slices, vocab_size=vocab_size))
         for title, (_, config, topology) in zip(titles, wanted, strict=True)
