@@ -336,7 +336,6 @@ def _plan_help() -> str:
             "       mc-jax plan --compare RECIPE@TOPOLOGY [RECIPE@TOPOLOGY ...] [--slices N]",
             "                   [--vocab-size N] [--json]",
             "",
-            "Tell whether a recipe fits chips that are not here, how fast it is, and what takes the time.",
             "A TOPOLOGY is such as v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2 or h100:8. The very training",
             "step is compiled; of GPUs, memory and FLOPs are told by formula. A RECIPE is one of",
             describe_recipes(),
@@ -353,8 +352,6 @@ def _compare_plans(chosen: CompareArguments) -> None:
             raise UsageError(f"{one!r} has no topology; write RECIPE@TOPOLOGY, such as quickstart@v5e:2x2")
         name, _, config = load_recipe(recipe)
         wanted.append((name, validate(config), topology))
-    if not wanted:
-        raise UsageError("there is nothing to compare; write --compare RECIPE@TOPOLOGY RECIPE@TOPOLOGY ...")
     _print_plans(wanted, slices=chosen.slices, vocab_size=chosen.vocab_size, as_json=chosen.json)
 
 
