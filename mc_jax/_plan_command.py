@@ -69,7 +69,6 @@ def plan(arguments: Sequence[str]) -> None:
     if chosen.search and (chosen.json or len(chosen.topology) > 1):
         raise UsageError("--search prints what it finds for one --topology; leave --json and the others out")
     validate(chosen.config)
-    _must_be_size(chosen.vocab_size)
     if chosen.search:
         _search(chosen)
         return
@@ -99,7 +98,6 @@ def _plan_help() -> str:
 
 
 def _compare_plans(chosen: CompareArguments) -> None:
-    _must_be_size(chosen.vocab_size)
     wanted = []
     for one in chosen.compare:
         recipe, at, topology = one.rpartition("@")
@@ -110,11 +108,6 @@ def _compare_plans(chosen: CompareArguments) -> None:
     if not wanted:
         raise UsageError("there is nothing to compare; write --compare RECIPE@TOPOLOGY RECIPE@TOPOLOGY ...")
     _print_plans(wanted, slices=chosen.slices, vocab_size=chosen.vocab_size, as_json=chosen.json)
-
-
-def _must_be_size(vocab_size: int | None) -> None:
-    if vocab_size is not None and vocab_size < 1:
-        raise UsageError(f"--vocab-size {vocab_size} is no size; set it to 1 or more, for example to 32000")
 
 
 def _print_plans(

@@ -158,6 +158,8 @@ def plan(
 def vocabulary_of(config: Config, vocab_size: int | None) -> tuple[int, str]:
     """Return the size of the vocabulary, and where it is from; no corpus has to be here."""
     if vocab_size is not None:
+        if vocab_size < 1:
+            raise ValueError(f"--vocab-size {vocab_size} is no size; set it to 1 or more, such as 32000")
         return vocab_size, "as told"
     if config.data.vocab_size is not None:
         return config.data.vocab_size, "data.vocab_size"

@@ -89,6 +89,7 @@ def _head(plan: Plan) -> str:
         f"{plan.chips} chips: {mesh}; {plan.rows} rows on each, remat {plan.remat}; "
         f"{plan.flops.tokens:,} tokens a step; "
         f"vocabulary {plan.vocabulary:,} ({plan.vocabulary_source})"
+        + ("; what slices send to each other is not counted" if plan.slices > 1 else "")
     )
 
 

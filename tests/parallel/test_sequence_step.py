@@ -145,7 +145,7 @@ def test_only_states_and_pooled_keys_go_between_devices_that_share_rows(linear_s
     )
 
 
-def test_each_weight_is_gathered_and_each_gradient_summed_once(linear_step):
+def test_each_weight_is_gathered_twice_and_each_gradient_summed_once(linear_step):
     found, parameters = linear_step
     matrices = {
         jax.tree_util.keystr(path): 4 * leaf.size
@@ -155,9 +155,9 @@ def test_each_weight_is_gathered_and_each_gradient_summed_once(linear_step):
     assert not [kind for kind, axes in found if not axes], "a collective over axes of one device"
     gathered = sum(found["all-gather", ("fsdp",)])
     embedding = 4 * parameters["embedding"].size
-    # Without remat the gathered matrices are kept for the gradient; the embedding is looked up, and is the
-    # output map, which the loss gathers forward and backward.
-    assert gathered == sum(matrices.values()) + 3 * embedding
+    # Of a layer the maps are gathered forward and backward, and never kept between; the embedding is looked up,
+    # and is the output map, which the loss gathers forward and backward.
+    assert gathered == 2 * sum(matrices.values()) + 3 * embedding
     reduced = sum(
         sum(sizes) for (kind, axes), sizes in found.items() if kind != "all-gather" and "fsdp" in axes
     )

@@ -42,6 +42,6 @@ def test_a_shallow_step_compiles_and_fits(topology, slices, model):
     found = plan(config, topology=topology, slices=slices, vocab_size=512, estimate=False)
     assert found.memory.fits
     assert found.mesh["replica"] == slices, "copies of the state, and nothing else, lie on several slices"
-    axes = {axis for one in found.collectives for axis in one.axes}
-    assert axes == ({"fsdp", "replica"} if slices > 1 else {"fsdp"})
+    # Between slices the compiler sends otherwise than by collectives.
+    assert {axis for one in found.collectives for axis in one.axes} - {"replica"} == {"fsdp"}
     assert all(one.seconds > 0 for one in found.collectives if one.bytes)
