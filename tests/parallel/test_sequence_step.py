@@ -155,8 +155,8 @@ def test_each_weight_is_gathered_twice_and_each_gradient_summed_once(linear_step
     assert not [kind for kind, axes in found if not axes], "a collective over axes of one device"
     gathered = sum(found["all-gather", ("fsdp",)])
     embedding = 4 * parameters["embedding"].size
-    # Of a layer the maps are gathered forward and backward, and never kept between; the embedding is looked up,
-    # and is the output map, which the loss gathers forward and backward.
+    # Of a layer the maps are gathered forward and backward, and never kept between; the embedding is looked
+    # up, and is the output map, which the loss gathers forward and backward.
     assert gathered == 2 * sum(matrices.values()) + 3 * embedding
     reduced = sum(
         sum(sizes) for (kind, axes), sizes in found.items() if kind != "all-gather" and "fsdp" in axes
