@@ -52,6 +52,19 @@ def must_agree(found, expected):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 
+def test_gradients_are_the_same_and_hold_less():
+    gradient, draw = gradient_of(config_of(aggregation="gated"))
+    parameters, batch = draw(), batch_of(4, 128)
+    compiled = {
+        remat: gradient.lower(parameters, batch, remat).compile() for remat in ("none", "states", "blocks")
+    }
+    expected = compiled["none"](parameters, batch)
+    for remat in ("states", "blocks"):
+        must_agree(compiled[remat](parameters, batch), expected)
+    held = [program.memory_analysis().temp_size_in_bytes for program in compiled.values()]
+    assert held[0] > held[1] > held[2], f"none, states, blocks hold {held} bytes"
+
+
 def test_offloading_gives_the_same_gradient():
     gradient, draw = gradient_of(config_of(aggregation="gated"))
     parameters, batch = draw(), batch_of(4, LENGTH)
