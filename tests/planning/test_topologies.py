@@ -14,14 +14,9 @@ CASES = [
 SLOW = [
     ("v5p:4x4x4", 1, {"memory": "linear", "aggregation": "sparse", "top_k": 2}),
     ("v6e:16x16", 1, {"memory": "swla", "aggregation": "none"}),
-    ("tpu7x:2x2x2", 1, {"memory": "swla", "aggregation": "sparse", "top_k": 1}),
-    ("v5e:4x4", 2, {"memory": "linear", "aggregation": "soup"}),
-    ("v5p:4x4x4", 1, {"memory": "dla", "memory_depth": 2, "aggregation": "gated"}),
     ("v6e:16x16", 1, {"memory": "titans", "memory_depth": 2, "aggregation": "gated"}),
     ("tpu7x:2x2x2", 2, {"memory": "titans", "memory_depth": 2, "aggregation": "none"}),
     ("v5e:4x4", 1, {"memory": "dla", "memory_depth": 2, "aggregation": "soup"}),
-    ("v5p:4x4x4", 2, {"memory": "titans", "memory_depth": 2, "aggregation": "sparse", "top_k": 2}),
-    ("tpu7x:2x2x2", 1, {"layer_pattern": ("attention",)}),
 ]
 
 
