@@ -88,7 +88,7 @@ def test_a_core_over_rows_that_devices_share_is_the_core_over_whole_rows(memory,
     compare(settings_of(memory, **changes), mlp, router=router)
 
 
-# With the cases above every memory is read in two ways, every aggregation by two memories: all pairs take minutes.
+# With the cases above every memory is read in two ways, every aggregation by two memories; all take minutes.
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("case", range(len(MEMORIES)), ids=NAMES)

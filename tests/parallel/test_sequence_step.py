@@ -24,8 +24,8 @@ MESHES = {
 }
 
 
-# In float64 the core over shared rows agrees to 1e-9, for all memories and aggregations (`test_sequence_core`):
-# the rest is the order of sums, and what is around the core.
+# In float64 the core over shared rows agrees to 1e-9, for all memories and aggregations
+# (`test_sequence_core`): the rest is the order of sums, and what is around the core.
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
