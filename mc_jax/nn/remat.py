@@ -28,7 +28,7 @@ def rematerialize(block: Callable[..., Any], remat: Remat, *, prevent_cse: bool)
     match remat:
         case "none" if is_sharded():
             # A layer's whole weights would otherwise be saved, for all layers at once.
-            policy = policies.save_anything_except_these_names(GATHERED)
+            policy = _is_not_gathered
         case "none":
             return block
         case "states":
@@ -48,3 +48,8 @@ def rematerialize(block: Callable[..., Any], remat: Remat, *, prevent_cse: bool)
         return block(checkpoint_name(x, _INPUT) if remat == "offload" else x, *others)
 
     return jax.checkpoint(named, policy=policy, prevent_cse=prevent_cse)
+
+
+def _is_not_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """A policy: the name alone would not do, for what it was given to would be saved in its place."""
+    return primitive.name != "sharding_constraint" and parameters.get("name") != GATHERED

@@ -101,7 +101,8 @@ def _moved(x: jax.Array, there: jax.P, here: jax.P) -> jax.Array:
 
 
 _moved.defvjp(
-    lambda x, there, here: (_moved(x, there, here), None),
+    # Not by `_moved` itself: `jax.checkpoint` would see a call there, and save what it returns.
+    lambda x, there, here: (jax.lax.with_sharding_constraint(x, here), None),
     # Summed first, divided then: said in one word, it would be a ring of small products again.
     lambda there, here, _, bar: (
         jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(bar, here), there),
