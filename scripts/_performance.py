@@ -57,6 +57,7 @@ def _kept(name: str, arguments: list[str]) -> dict | None:
 def _plan(name: str, arguments: list[str]) -> bool:
     """Whether it went well."""
     print(f"{name} ...", flush=True)
+    commit = _commit()  # the work may go on meanwhile
     command = [sys.executable, "-m", "mc_jax.cli", "plan", *arguments, "--json"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
     if run.returncode:
@@ -64,7 +65,7 @@ def _plan(name: str, arguments: list[str]) -> bool:
         return False
     _RESULTS.mkdir(parents=True, exist_ok=True)
     _file(name).write_text(
-        json.dumps({"commit": _commit(), "arguments": arguments, "plan": json.loads(run.stdout)})
+        json.dumps({"commit": commit, "arguments": arguments, "plan": json.loads(run.stdout)})
     )
     return True
 
