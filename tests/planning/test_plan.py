@@ -52,7 +52,7 @@ def test_a_recipe_is_planned_for_tpus_from_the_command_line(recipe):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["mesh"], found["rows"]) == ({"replica": 1, "fsdp": 4, "tensor": 1}, 2)
+    assert (found["mesh"], found["rows"]) == ({"replica": 1, "fsdp": 4, "sequence": 1, "tensor": 1}, 2)
     assert found["vocabulary"] == 512
     memory, speed = found["memory"], found["speed"]
     assert sum(memory["parts"].values()) == memory["total"]
