@@ -191,12 +191,13 @@ def test_forward_and_backward_compile_at_the_size_of_1_3B(chip):
     _assert_compiles(chip, 8, 256)
 
 
+# A v4 takes 760M alone.
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize(("heads", "dim"), [(16, 96), (8, 256)], ids=["760M", "1.3B"])
+@pytest.mark.parametrize(
+    ("chip", "heads", "dim"),
+    [*((chip, 16, 96) for chip in CHIPS), *((chip, 8, 256) for chip in CHIPS if chip != "v4")],
+)
 def test_writes_without_errors_compile_at_the_recipes_sizes(chip, heads, dim):
-    if chip == "v4" and dim == 256:
-        pytest.skip("the state is too large for a v4's VMEM")
     _assert_compiles(chip, heads, dim, "dot")
 
 
