@@ -41,11 +41,9 @@ def test_first_gradients_of_shared_rows_are_those_on_one_device(name, mesh):
 
 @pytest.mark.slow
 def test_twenty_losses_of_shared_rows_are_those_on_one_device():
-    config = config_of(MODELS["linear, gated"], context_length=LENGTH)
+    config = config_of(MODELS["linear, gated"], context_length=LENGTH, learning_rate=3e-4)
     found, expected = losses(config, MESHES["fsdp 2, sequence 4"], 20), losses(config, ONE, 20)
-    np.testing.assert_allclose(found[:3], expected[:3], rtol=1e-5)
-    # Later Adam blows up rounding, where a gradient is nearly zero.
-    np.testing.assert_allclose(found, expected, rtol=5e-3)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 _EXPECTED = ("all-gather", "reduce-scatter", "collective-permute")

@@ -170,11 +170,10 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_twenty_losses_on_a_mesh_are_those_on_one_device(mesh):
-    config = config_of(MODELS["linear, gated"])
+    # With a larger rate Adam soon blows up rounding, where a gradient is nearly zero.
+    config = config_of(MODELS["linear, gated"], learning_rate=3e-4)
     found, expected = losses(config, MESHES[mesh], 20), losses(config, ONE, 20)
-    np.testing.assert_allclose(found[:3], expected[:3], rtol=1e-5)
-    # Later Adam blows up rounding, where a gradient is nearly zero.
-    np.testing.assert_allclose(found, expected, rtol=5e-3)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_parts_of_a_batch_are_spread_over_all_devices():
