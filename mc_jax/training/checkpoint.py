@@ -55,7 +55,8 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     def load(self, step: int, like: TrainState) -> TrainState:
-        """The state of `step`, with the structure, dtypes and shardings of `like`."""
+        """The state of `step`, with the structure, dtypes and shardings of `like`, once no write is under way."""
+        self._checkpointer.wait()
         abstract: Any = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
         )
