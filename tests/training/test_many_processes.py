@@ -1,11 +1,13 @@
 """Several processes train as one does, stop together, and none waits for one that is gone."""
 
 import json
+import os
 import pathlib
 import shutil
+import signal
 
 import pytest
-from training_process import start_two
+from training_process import start_two, wait_for_step
 
 from mc_jax._recipes import load_recipe
 from mc_jax.training import loop
@@ -67,6 +69,10 @@ def steps_of(workplace: pathlib.Path, name: str) -> list[dict]:
     ]
 
 
+def newest_checkpoint(run: pathlib.Path) -> int:
+    return max(int(folder.name) for folder in (run / "checkpoints").iterdir() if folder.name.isdigit())
+
+
 def must_be_the_same(steps: list[dict], whole: list[dict]) -> None:
     assert [line["step"] for line in steps] == [line["step"] for line in whole]
     for line, expected in zip(steps, whole, strict=True):
@@ -85,6 +91,37 @@ def test_two_processes_train_as_one_and_the_first_one_alone_tells(workplace, who
     assert (workplace / "runs" / "two" / "report.html").exists()
     assert second.lines() == [], "only process 0 prints"
     assert len(list((workplace / "runs" / "two" / "tensorboard").iterdir())) == 1, "only process 0 writes"
+
+
+def test_a_notice_to_one_stops_all_at_one_step_and_one_process_goes_on(workplace, whole):
+    run = workplace / "runs" / "noticed"
+    processes = start(workplace, "noticed")
+    wait_for_step(run, 6, processes)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert [started.end() for started in processes] == [0, 0], processes[0].lines() + processes[1].lines()
+    stopped = steps_of(workplace, "noticed")[-1]["step"]
+    assert 6 <= stopped < STEPS
+    assert newest_checkpoint(run) == stopped
+    assert train_alone(workplace, "noticed") == STEPS
+    must_be_the_same(steps_of(workplace, "noticed"), whole)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_which_names_it_and_two_go_on(workplace, whole, victim):
+    name = f"killed {victim}"
+    run = workplace / "runs" / name
+    processes = start(workplace, name)
+    wait_for_step(run, 7, processes)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    left = processes[1 - victim]
+    assert left.end(seconds=60) == 1
+    assert left.lines()[-1].startswith(f"mc-jax: error: process {victim} (")
+    assert f"pid {processes[victim].pid}) is gone; start all processes again" in left.lines()[-1]
+    assert processes[victim].end() == -signal.SIGKILL
+    assert 5 <= newest_checkpoint(run) < STEPS, "the run goes on from a checkpoint, or this shows nothing"
+    again = start(workplace, name)
+    assert [started.end() for started in again] == [0, 0], again[0].lines() + again[1].lines()
+    must_be_the_same(steps_of(workplace, name), whole)
 
 
 def test_processes_that_were_started_differently_all_say_so(workplace):
