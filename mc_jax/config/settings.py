@@ -12,7 +12,7 @@ AggregationName = Literal["none", "residual", "gated", "soup", "sparse", "averag
 Segmentation = Literal["constant", "logarithmic"]
 SegmentInit = Literal["checkpoint", "independent"]
 LayerKind = Literal["memory", "attention", "window"]
-Remat = Literal["none", "states", "blocks", "offload"]
+Remat = Literal["none", "maps", "states", "blocks", "offload"]
 
 
 class ConfigError(ValueError):

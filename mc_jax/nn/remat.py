@@ -21,7 +21,8 @@ def rematerialize(block: Callable[..., Any], remat: Remat, *, prevent_cse: bool)
       block: x [B, T, D] is what comes from the block before; the others are parameters and the like.
       remat: "none" saves all that the gradient wants, but not the weights that were gathered for a layer;
         "states" x, and the runs, gates and reads of memories and attention (`pallas_kernels._kept`), so that
-        these are not run again; "blocks" x alone; "offload" x alone, in the host's memory.
+        these are not run again; "maps" what linear maps return as well, so that only what goes element by
+        element is; "blocks" x alone; "offload" x alone, in the host's memory.
       prevent_cse: keep the compiler from undoing it; not needed in the body of a loop.
     """
     policies = jax.checkpoint_policies
@@ -31,6 +32,11 @@ def rematerialize(block: Callable[..., Any], remat: Remat, *, prevent_cse: bool)
             policy = _is_not_gathered
         case "none":
             return block
+        case "maps":
+            # Memories multiply per row and head, and by that are told from maps.
+            policy = policies.save_from_both_policies(
+                policies.save_only_these_names(KEPT), policies.dots_with_no_batch_dims_saveable
+            )
         case "states":
             policy = policies.save_only_these_names(KEPT)
         case "blocks":
