@@ -75,7 +75,7 @@ class SoftmaxMixer(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Mix tokens x [B, T, D]."""
         joined = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
-        joined = nnx.silu(self.convolution(joined))[:, :, None]
+        joined = self.convolution(joined)
         dim = self.query.out_features
         q, k, v = jnp.split(joined, (dim, 2 * dim), axis=-1)
         # Keys and queries as wide as values, with zeros, which change nothing but the scale.

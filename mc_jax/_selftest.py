@@ -213,11 +213,16 @@ def cases() -> list[Case]:
         arguments = (q[:, 0], k[:, 0], v[:, 0], matrices, state, numbers)
         return Case(f"decode_step, {rule}", run, arguments, differentiable=False)
 
+    def convolution(x, taps, *, implementation):
+        joined = x.reshape(_B, _T, -1)
+        return ops.short_convolution(joined, taps, heads=_H, normalize=True, implementation=implementation)
+
     def read_versions(platform: str, dtype) -> tuple[str, ...]:
         hopper = platform == "gpu" and state_read_gpu.has_kernel(q.astype(dtype), matrices)
         return ("gpu", "xla") if hopper else _kernel_and_xla(platform, dtype)
 
     return [
+        Case("short_convolution", convolution, (q, normal(4, _H * _K))),
         matrix("linear", retention=retention, step=step),
         matrix("swla", retention=retention, step=step, previous_step=step[::-1]),
         matrix("delta", retention=retention, step=step),

@@ -1,6 +1,6 @@
-"""A short causal convolution over tokens, channel by channel.
+"""A short causal convolution over tokens, channel by channel, and SiLU.
 
-Shapes: B batch, T tokens, D channels, W width.
+Shapes: B batch, T tokens, D channels, W width, H heads, K channels of a head.
 """
 
 import jax
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mc_jax.parallel.halo import with_tokens_before
+from mc_jax.parallel.convolution import convolve
 
 
 class ShortConvolution(nnx.Module):
-    """y_t = sum_j kernel[j] * x_{t-j}, over the token's own document."""
+    """y_t = silu(sum_j taps[j] * x_{t-j}), over the token's own document."""
 
     def __init__(self, channels: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         bound = width**-0.5
@@ -20,10 +20,23 @@ class ShortConvolution(nnx.Module):
         self.taps = nnx.Param(kernel)
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array, document_ids: jax.Array | None = None) -> jax.Array:
-        """Convolve x [B, T, D]; document_ids [B, T] or None."""
-        taps = self.taps[...].astype(self.dtype)
-        return with_tokens_before(_convolve, taps.shape[0] - 1, (x, document_ids), taps)
+    def __call__(
+        self,
+        x: jax.Array,
+        document_ids: jax.Array | None = None,
+        *,
+        heads: int = 1,
+        normalize: bool = False,
+        first: int = 0,
+    ) -> jax.Array:
+        """Convolve x [B, T, D], which are the module's channels from `first` on: [B, T, H, K].
+
+        `document_ids` are [B, T], or None; `normalize` scales each head to length 1.
+        """
+        taps = self.taps[...][:, first : first + x.shape[2]]
+        return convolve(
+            x.astype(self.dtype), taps, heads=heads, normalize=normalize, document_ids=document_ids
+        )
 
     def tail(self, x: jax.Array, lengths: jax.Array, document_ids: jax.Array | None = None) -> jax.Array:
         """The last W - 1 inputs of each row [B, W - 1, D], oldest first, zeros before its document."""
@@ -37,21 +50,7 @@ class ShortConvolution(nnx.Module):
         return jnp.where(valid[..., None], rows, jnp.zeros((), x.dtype))
 
     def step(self, x: jax.Array, tail: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One token x [B, D] after `tail` [B, W - 1, D]: its output and the new tail."""
+        """One token x [B, D] after `tail` [B, W - 1, D]: its output [B, D] and the new tail."""
         window = jnp.concatenate([tail, x[:, None]], axis=1)
         taps = self.taps[...].astype(self.dtype)
-        return jnp.einsum("bwd,wd->bd", window, taps[::-1]), window[:, 1:]
-
-
-def _convolve(tokens: tuple[jax.Array, jax.Array | None], taps: jax.Array) -> jax.Array:
-    """Sum taps [W, D] times x [B, T, D] and earlier tokens of the document in [B, T]."""
-    x, document_ids = tokens
-    y = taps[0][None, None] * x
-    for distance in range(1, min(taps.shape[0], x.shape[1])):
-        shifted = jnp.pad(x, ((0, 0), (distance, 0), (0, 0)))[:, : x.shape[1]]
-        if document_ids is not None:
-            same = document_ids[:, distance:] == document_ids[:, :-distance]
-            same = jnp.pad(same, ((0, 0), (distance, 0)))
-            shifted = jnp.where(same[..., None], shifted, jnp.zeros((), x.dtype))
-        y = y + taps[distance][None, None] * shifted
-    return y
+        return nnx.silu(jnp.einsum("bwd,wd->bd", window, taps[::-1])), window[:, 1:]

@@ -19,6 +19,7 @@ from mc_jax.nn.convolution import ShortConvolution
 from mc_jax.nn.norm import RMSNorm
 from mc_jax.parallel import memory
 from pallas_kernels._state import Weights
+from pallas_kernels.short_convolution.xla import unit
 
 type Dtype = Any
 """What jax.numpy takes as a dtype."""
@@ -153,9 +154,8 @@ class MemoryCaching(nnx.Module):
         top_k: jax.Array | None = None,
     ) -> tuple[jax.Array, Gates | Selection | None]:
         """As a call, with the weights of the memories that each token read."""
-        qkv = self.convolution(self._qkv(x), document_ids)
         y, gates = memory.forward(
-            *self._write(x, qkv),
+            *self._write(x, self._convolved(self._qkv(x), document_ids)),
             self.settings,
             document_ids=document_ids,
             initial_state=self._initial_state(),
@@ -172,7 +172,7 @@ class MemoryCaching(nnx.Module):
         """
         inputs = self._qkv(x)
         output = caching.forward(
-            *self._write(x, self.convolution(inputs)),
+            *self._write(x, self._convolved(inputs)),
             self.settings,
             initial_state=self._initial_state(),
             lengths=lengths,
@@ -182,23 +182,33 @@ class MemoryCaching(nnx.Module):
             capacity = max(max_length // self.settings.segment_length, cache.capacity, 1)
             storage = dataclasses.replace(storage, max_cached=capacity)
         cache = cache.with_storage(storage)
-        return self._out(x, output.y), MixerCache(cache, self.convolution.tail(inputs, lengths))
+        tails = [self.convolution.tail(part, lengths) for part in inputs]
+        return self._out(x, output.y), MixerCache(cache, jnp.concatenate(tails, axis=-1))
 
     def step(self, x: jax.Array, cache: MixerCache) -> tuple[jax.Array, MixerCache]:
         """One more token a row, x [B, D]."""
-        qkv, tail = self.convolution.step(self._qkv(x), cache.tail)
-        y, memory = caching.decode(*self._write(x, qkv), cache.memory)
+        joined, tail = self.convolution.step(jnp.concatenate(self._qkv(x), axis=-1), cache.tail)
+        q, k, v = (self._heads(part) for part in jnp.split(joined, self._parts, axis=-1))
+        y, memory = caching.decode(*self._write(x, (unit(q), unit(k), v)), cache.memory)
         return self._out(x, y), MixerCache(memory, tail)
 
     def _initial_state(self) -> Weights | None:
         return None if self.initial is None else (self.initial.w_in[...], self.initial.w_out[...])
 
-    def _qkv(self, x: jax.Array) -> jax.Array:
-        return jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+    def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.query(x), self.key(x), self.value(x)
 
-    def _write(self, x: jax.Array, qkv: jax.Array) -> _Written:
-        q, k, v = (self._heads(part) for part in jnp.split(nnx.silu(qkv), self._parts, axis=-1))
-        q, k = _unit(q), _unit(k)
+    def _convolved(self, parts: tuple[jax.Array, ...], document_ids: jax.Array | None = None) -> Any:
+        """Queries, keys and values in heads: the convolution never mixes channels, so each has its own."""
+        return tuple(
+            self.convolution(
+                part, document_ids, heads=self.num_heads, normalize=place < 2, first=(0, *self._parts)[place]
+            )
+            for place, part in enumerate(parts)
+        )
+
+    def _write(self, x: jax.Array, qkv: tuple[jax.Array, jax.Array, jax.Array]) -> _Written:
+        q, k, v = qkv
         routing = None
         if self.router_query is not None:
             routing = caching.Routing(
@@ -258,9 +268,3 @@ class _InitialMlp(nnx.Module):
             jax.random.normal(rngs.params(), (num_heads, head_dim, hidden)) * head_dim**-0.5
         )
         self.w_out = nnx.Param(jax.random.normal(rngs.params(), (num_heads, hidden, head_dim)) * hidden**-0.5)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """X / |x| along the last axis, with a finite gradient at 0."""
-    square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return (x.astype(jnp.float32) * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)

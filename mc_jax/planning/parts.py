@@ -20,7 +20,6 @@ _FUNCTIONS = (
     (r"RMSNorm\b", "norms"),
     (r"ShortConvolution\b", "mixer, convolution"),
     (r"(_Retention|_Fraction)\b", "mixer, coefficients"),
-    (r"_unit\b", "mixer, unit queries and keys"),
     (r"MemoryCaching\b", "mixer, maps"),
     (r"LanguageModel\._embed", "embedding"),
     (r"LanguageModel\.(_logits|output_map)|cross_entropy", "output map and loss"),
@@ -32,6 +31,7 @@ _FUNCTIONS = (
 _FILES = (
     (r"/optax/", OPTIMIZER),
     (r"/training/optimizer|/training/muon", OPTIMIZER),
+    (r"/pallas_kernels/short_convolution/", "mixer, convolution"),
     (r"/pallas_kernels/(state_read|routed_read)/", "mixer, cached reads"),
     (r"/pallas_kernels/|/mc_jax/memories/", "mixer, writes and online reads"),
     (r"/caching/(router|aggregations|segments|reading|logarithmic)", "mixer, router and gates"),

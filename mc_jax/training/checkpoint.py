@@ -55,7 +55,7 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     def load(self, step: int, like: TrainState) -> TrainState:
-        """The state of `step`, with the structure, dtypes and shardings of `like`, once no write is under way."""
+        """The state of `step`, with the structure, dtypes and shardings of `like`; waits for a last write."""
         self._checkpointer.wait()
         abstract: Any = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()

@@ -112,7 +112,7 @@ def linear_step() -> tuple[dict[tuple[str, tuple[str, ...]], list[int]], dict]:
 def test_only_states_and_pooled_keys_go_between_devices_that_share_rows(linear_step):
     found, parameters = linear_step
     layers, devices, heads, dim, segments = 2, 4, 2, 8, 8
-    rows, halo, features = ROWS // 2, 3, 3 * 16
+    rows, halo, features = ROWS // 2, 3, 16
     a_state, a_key = 4 * rows * heads * dim * dim, 4 * rows * heads * dim
     a_layer = [
         segments * a_state,  # the cached memories
@@ -126,7 +126,8 @@ def test_only_states_and_pooled_keys_go_between_devices_that_share_rows(linear_s
     assert sorted(found["all-gather", along]) == sorted(layers * a_layer + documents), "gathered"
     scattered = [size // devices for size in layers * a_layer]
     assert sorted(found["reduce-scatter", along]) == sorted(scattered), "their gradients"
-    tokens = 2 * layers * [4 * rows * halo * features] + [4 * rows * halo]
+    # Of queries, keys and values, and back; and once which documents they are of.
+    tokens = 2 * 3 * layers * [4 * rows * halo * features] + [4 * rows * halo]
     assert sorted(found["collective-permute", along]) == sorted(tokens), "the convolution's halo"
     leaves = jax.tree.leaves(parameters)
     gradients = sum(4 * leaf.size for leaf in leaves)

@@ -1,0 +1,32 @@
+"""The convolution as sums of shifted rows, for every platform."""
+
+import jax
+import jax.numpy as jnp
+
+
+def short_convolution(
+    x: jax.Array, taps: jax.Array, *, heads: int, normalize: bool, document_ids: jax.Array | None
+) -> jax.Array:
+    """See `pallas_kernels.short_convolution.short_convolution`; shapes as there."""
+    s = jax.nn.silu(convolve(x, taps.astype(x.dtype), document_ids))
+    s = s.reshape(*s.shape[:-1], heads, -1)
+    return unit(s) if normalize else s
+
+
+def convolve(x: jax.Array, taps: jax.Array, document_ids: jax.Array | None) -> jax.Array:
+    """Sum taps [W, D] times x [B, T, D] and earlier tokens of the document in [B, T]."""
+    y = taps[0][None, None] * x
+    for distance in range(1, min(taps.shape[0], x.shape[1])):
+        shifted = jnp.pad(x, ((0, 0), (distance, 0), (0, 0)))[:, : x.shape[1]]
+        if document_ids is not None:
+            same = document_ids[:, distance:] == document_ids[:, :-distance]
+            same = jnp.pad(same, ((0, 0), (distance, 0)))
+            shifted = jnp.where(same[..., None], shifted, jnp.zeros((), x.dtype))
+        y = y + taps[distance][None, None] * shifted
+    return y
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """X / |x| along the last axis, with a finite gradient at 0."""
+    square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return (x.astype(jnp.float32) * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)
