@@ -43,21 +43,27 @@ class Size:
     heads: int
     learning_rate: float
     tokens: float
-    remat: Remat
+    remat_16k: Remat
 
 
 SIZES = {
     "170m": Size(
-        parameters=170e6, layers=12, dim=768, heads=16, learning_rate=3e-3, tokens=15e9, remat="states"
+        parameters=170e6, layers=12, dim=768, heads=16, learning_rate=3e-3, tokens=15e9, remat_16k="states"
     ),
     "340m": Size(
-        parameters=340e6, layers=24, dim=1024, heads=16, learning_rate=1.5e-3, tokens=15e9, remat="states"
+        parameters=340e6, layers=24, dim=1024, heads=16, learning_rate=1.5e-3, tokens=15e9, remat_16k="states"
     ),
     "760m": Size(
-        parameters=760e6, layers=24, dim=1536, heads=16, learning_rate=1.25e-3, tokens=30e9, remat="blocks"
+        parameters=760e6,
+        layers=24,
+        dim=1536,
+        heads=16,
+        learning_rate=1.25e-3,
+        tokens=30e9,
+        remat_16k="blocks",
     ),
     "1.3b": Size(
-        parameters=1.3e9, layers=18, dim=2048, heads=8, learning_rate=7e-4, tokens=100e9, remat="blocks"
+        parameters=1.3e9, layers=18, dim=2048, heads=8, learning_rate=7e-4, tokens=100e9, remat_16k="blocks"
     ),
 }
 
@@ -100,7 +106,8 @@ def _config(
             batch_size=TOKENS_PER_STEP // context,
             learning_rate=size.learning_rate,
             warmup_steps=2000,
-            remat=size.remat,
+            # All that is not recomputed has to be there at once: four times as much of rows four times as long.
+            remat="maps" if context == 4096 else size.remat_16k,
             checkpoint_every=1000,
         ),
     )

@@ -56,13 +56,14 @@ def test_gradients_are_the_same_and_hold_less():
     gradient, draw = gradient_of(config_of(aggregation="gated"))
     parameters, batch = draw(), batch_of(4, 128)
     compiled = {
-        remat: gradient.lower(parameters, batch, remat).compile() for remat in ("none", "states", "blocks")
+        remat: gradient.lower(parameters, batch, remat).compile()
+        for remat in ("none", "maps", "states", "blocks")
     }
     expected = compiled["none"](parameters, batch)
-    for remat in ("states", "blocks"):
+    for remat in ("maps", "states", "blocks"):
         must_agree(compiled[remat](parameters, batch), expected)
     held = [program.memory_analysis().temp_size_in_bytes for program in compiled.values()]
-    assert held[0] > held[1] > held[2], f"none, states, blocks hold {held} bytes"
+    assert held == sorted(held, reverse=True) and len(set(held)) == 4, f"{[*compiled]} hold {held} bytes"
 
 
 def test_offloading_gives_the_same_gradient():
@@ -100,5 +101,7 @@ def test_states_runs_no_memory_twice(memory):
     run = "deep_memory" if memory == "titans" else f"{memory}_memory"
     count = {remat: kernels(config, remat) for remat in ("none", "states", "blocks")}
     assert count["none"][run] == 1, f"the program has {count['none']}"
+    for found in count.values():  # as quick as reading what it would have saved
+        del found["short_convolution"]
     assert count["states"] == count["none"], "what is saved is computed again"
     assert count["blocks"][run] == 2, "nothing was saved, so it must run again"
