@@ -106,7 +106,7 @@ def _config(
             batch_size=TOKENS_PER_STEP // context,
             learning_rate=size.learning_rate,
             warmup_steps=2000,
-            # All that is not recomputed has to be there at once: four times as much of rows four times as long.
+            # What is kept has to be there at once, and of a row of 16K tokens is four times as much.
             remat="maps" if context == 4096 else size.remat_16k,
             checkpoint_every=1000,
         ),

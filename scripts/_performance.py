@@ -16,7 +16,8 @@ _RESULTS = _ROOT / "build/performance"
 _PAGE = _ROOT / "docs/performance.md"
 
 _MODELS = ("linear-gated", "linear-sparse", "titans-gated", "transformer")
-# Of 16 chips, with rows a chip that fit: compiling for more takes longer, and tells the same but of what is sent.
+# Of 16 chips, with rows a chip that fit: compiling for more takes longer, and tells the same but for what
+# is sent.
 _TARGETS = {"v5p:2x2x4": 2, "v5e:4x4": 1, "v6e:4x4": 2}
 
 
@@ -105,8 +106,8 @@ writes this page; one line of it is, for example,
 mc-jax plan paper-1.3b-linear-gated --topology v5p:4x4x4
 ```
 
-The recipe's batch is 128 rows, two for each of 64 chips. On 16 chips the table has as many a chip, or one where
-two do not fit. What 16, 64 and 256 chips of a v5p differ in is what weak scaling loses.
+The recipe's batch is 128 rows, two for each of 64 chips. On 16 chips the table has as many a chip, or one
+where two do not fit. What 16, 64 and 256 chips of a v5p differ in is what weak scaling loses.
 
 | model, topology | rows a chip | remat | HBM, GB | step, s | tokens/s a chip | MFU, % | commit |
 |---|---|---|---|---|---|---|---|

@@ -112,9 +112,9 @@ class TrainingConfig:
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of activations; weights stay float32. None: float32 on CPU, bfloat16 elsewhere."""
     remat: Remat = "none"
-    """What a block computes again for its gradient: "none", "maps" (all but linear maps and memories), "states"
-    (all but runs and reads of memories), "blocks" (all, from its input), "offload" (the same, inputs waiting
-    in the host's memory). "maps" is the fastest on TPUs: what "none" keeps takes longer to move."""
+    """What a block computes again for its gradient: "none", "maps" (all but linear maps and memories),
+    "states" (all but runs and reads of memories), "blocks" (all, from its input), "offload" (the same, inputs
+    waiting in the host's memory). "maps" is the fastest on TPUs: what "none" keeps takes longer to move."""
     seed: int = 0
     """Seeds initial weights and the order of rows."""
     checkpoint_every: int = 100

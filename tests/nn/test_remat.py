@@ -63,7 +63,7 @@ def test_gradients_are_the_same_and_hold_less():
     for remat in ("maps", "states", "blocks"):
         must_agree(compiled[remat](parameters, batch), expected)
     held = [program.memory_analysis().temp_size_in_bytes for program in compiled.values()]
-    assert held == sorted(held, reverse=True) and len(set(held)) == 4, f"{[*compiled]} hold {held} bytes"
+    assert held == sorted(set(held), reverse=True), f"{[*compiled]} hold {held} bytes"
 
 
 def test_offloading_gives_the_same_gradient():
