@@ -8,7 +8,7 @@ from mc_jax.config import Config, TrainingConfig
 from mc_jax.planning.search import search
 
 CHIPS = 4
-BYTES = {"none": 10, "states": 6, "blocks": 4, "offload": 3}
+BYTES = {"maps": 10, "states": 6, "blocks": 4, "offload": 3}
 
 
 def found(capacity: int, *, rows: int = 2, accumulation: int = 1):
@@ -26,7 +26,7 @@ def found(capacity: int, *, rows: int = 2, accumulation: int = 1):
 
 
 @pytest.mark.parametrize(
-    ("capacity", "remat", "rows"), [(75, "none", 7), (19, "states", 3), (7, "offload", 2), (4, "offload", 1)]
+    ("capacity", "remat", "rows"), [(75, "maps", 7), (19, "states", 3), (7, "offload", 2), (4, "offload", 1)]
 )
 def test_the_lightest_recomputation_that_fits_gets_the_most_rows(capacity, remat, rows):
     result = found(capacity)
