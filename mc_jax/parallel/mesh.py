@@ -28,7 +28,7 @@ def make_mesh(sizes: MeshConfig, devices: Sequence[jax.Device] | None = None) ->
     devices = jax.devices() if devices is None else list(devices)
     # Devices that are in no slice, as a CPU, are in one.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    replica, *others = _filled(sizes, len(devices), slices)
+    replica, *others = filled(sizes, len(devices), slices)
     if slices == 1:
         grid = mesh_utils.create_device_mesh((replica, *others), devices, allow_split_physical_axes=True)
     else:
@@ -91,8 +91,17 @@ def _tokens_must_fit(devices: int, config: Config) -> None:
         )
 
 
-def _filled(sizes: MeshConfig, devices: int, slices: int) -> tuple[int, int, int, int]:
-    """Replica, fsdp, sequence, tensor."""
+def filled(sizes: MeshConfig, devices: int, slices: int) -> tuple[int, int, int, int]:
+    """Sizes of replica, fsdp, sequence, tensor, with a number in place of -1.
+
+    Args:
+      sizes: as configured.
+      devices: in all.
+      slices: how many of them a slow network joins.
+
+    Raises:
+      ValueError: they do not make up the devices, or the replicas cannot be spread over the slices.
+    """
     replica, fsdp, within = sizes.replica, sizes.fsdp, sizes.sequence * sizes.tensor
     if replica == fsdp == -1:
         replica = slices

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mc_jax.config import Config, validate
 from mc_jax.parallel import AXES, make_mesh, must_fit, spec
-from mc_jax.parallel.mesh import _filled
+from mc_jax.parallel.mesh import filled
 from mc_jax.planning.chips import CHIPS, GPUS
 from mc_jax.planning.collectives import Collective, collectives
 from mc_jax.planning.cost import forget_schedules, has_schedules, keep_schedules, kernels_of
@@ -199,7 +199,7 @@ def _by_formula(config: Config, where: Topology, vocabulary: int, source: str) -
     """Of GPUs: the state and gradients, divided as on TPUs, and what a chip's rows leave for the gradient."""
     gpu = GPUS[where.chip]
     chips = where.sides[0] * where.slices
-    mesh = jax.sharding.AbstractMesh(_filled(config.mesh, chips, where.slices), AXES)
+    mesh = jax.sharding.AbstractMesh(filled(config.mesh, chips, where.slices), AXES)
     must_fit(mesh, config)  # pyrefly: ignore - it asks for sizes alone
     sizes = dict(mesh.shape)
     if config.training.compute_dtype is None:
