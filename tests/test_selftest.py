@@ -47,7 +47,7 @@ def test_every_operation_is_checked_in_all_its_versions():
         for version in ("reference", *versions):
             jax.eval_shape(functools.partial(case.run, implementation=version), *case.arguments)
     routed = {"gather", "blocks", "ragged_dot"}
-    others = ("chunk_memory", "deep_memory", "gated_state_read", "decode_step")
+    others = ("chunk_memory", "decode_step", "deep_memory", "gated_state_read", "short_convolution")
     assert checked == {"routed_state_read": routed} | {name: {"xla"} for name in others}
 
 
