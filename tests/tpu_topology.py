@@ -2,7 +2,7 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import pytest
@@ -22,6 +22,16 @@ TOPOLOGIES = {
     "tpu7x": "tpu7x:2x2x1",
 }
 CHIPS = tuple(TOPOLOGIES)
+
+
+def in_turn(sizes: Sequence[tuple], first: int = 0) -> list[tuple]:
+    """For every chip a case (chip, *size), the sizes in turn: each compiles for seconds.
+
+    Args:
+      sizes: what the chips take turns at.
+      first: which of them the first chip has; tests that differ in it give every chip all sizes.
+    """
+    return [(chip, *sizes[(first + place) % len(sizes)]) for place, chip in enumerate(CHIPS)]
 
 
 @functools.cache

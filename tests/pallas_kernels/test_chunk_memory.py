@@ -14,6 +14,8 @@ from pallas_kernels import chunk_memory, memory_step
 from pallas_kernels._state import batch_weights, initial_online_state
 from pallas_kernels.chunk_memory import gpu
 
+pytestmark = pytest.mark.xdist_group("chunk_memory")  # one worker: they share what is compiled
+
 B, H, K, V = 2, 2, 4, 3
 SEGMENT, CHUNK = 12, 4
 TOKENS = 29  # two segments and a short one, whose last chunk is short as well

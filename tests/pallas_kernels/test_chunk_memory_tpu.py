@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from tpu_topology import CHIPS, compile_for
+from tpu_topology import compile_for, in_turn
 
 from pallas_kernels import chunk_memory
 from pallas_kernels.chunk_memory import _tpu_layout
@@ -96,23 +96,28 @@ def _assert_close(arguments, tolerance=FLOAT32, dtype=jnp.float32, **options):
             assert error < tolerance[name], f"{name} (or the gradient of it) is off: {error}"
 
 
-@pytest.mark.parametrize("rule", RULES)
+# Each compiles for a quarter of a minute. One kernel is that of linear and swla, one that of delta and
+# titans: each has all of these sizes, by one rule or by the other.
 @pytest.mark.parametrize(
-    ("length", "key_dim", "value_dim", "segment_length", "segment_init"),
+    ("rules", "length", "key_dim", "value_dim", "segment_length", "segment_init"),
     [
-        (1, 64, 64, 64, "checkpoint"),
-        (300, 96, 96, 150, "independent"),
-        (401, 128, 64, 384, "checkpoint"),
-        (520, 32, 256, 257, "checkpoint"),
+        (("linear", "titans"), 1, 64, 64, 64, "checkpoint"),
+        (("swla", "delta"), 300, 96, 96, 150, "independent"),
+        (("linear", "titans"), 401, 128, 64, 384, "checkpoint"),
+        (("swla", "delta"), 520, 32, 256, 257, "checkpoint"),
     ],
 )
-def test_it_is_what_the_reference_is(rule, length, key_dim, value_dim, segment_length, segment_init):
+@pytest.mark.parametrize("kernel", [0, 1], ids=["sum", "errors"])
+def test_it_is_what_the_reference_is(kernel, rules, length, key_dim, value_dim, segment_length, segment_init):
+    rule = rules[kernel]
     arguments = _arguments(rule, length, key_dim, value_dim)
     _assert_close(arguments, rule=rule, segment_length=segment_length, segment_init=segment_init)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("segment_init", ["checkpoint", "independent"])
+# Both kernels, by one rule from the checkpoint and by the other one anew.
+@pytest.mark.parametrize(
+    ("rule", "segment_init"), list(zip(RULES, ("checkpoint", "independent") * 2, strict=True))
+)
 def test_rows_end_and_documents_begin_where_they_do(rule, segment_init, monkeypatch):
     # Blocks so short that a segment has several, on the way back too.
     monkeypatch.setattr(_tpu_layout, "_LENGTH_BACKWARD", 128)
@@ -128,17 +133,21 @@ def test_rows_end_and_documents_begin_where_they_do(rule, segment_init, monkeypa
     )
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["linear", "swla", "delta"])  # titans below, by chunks
 def test_bfloat16_is_accurate_to_rounding(rule):
     arguments = _arguments(rule, 600, 64, 64, initial=False)
     _assert_close(arguments, BFLOAT16, jnp.bfloat16, rule=rule, segment_length=256)
 
 
 @pytest.mark.parametrize(
-    ("length", "chunk_length", "segment_length"),
-    [(300, 64, 256), (290, 24, 144), (100, 128, 256), (300, 100, 200)],
+    ("length", "chunk_length", "segment_length", "segment_init"),
+    [
+        (300, 64, 256, "checkpoint"),
+        (290, 24, 144, "independent"),
+        (100, 128, 256, "checkpoint"),
+        (300, 100, 200, "independent"),
+    ],
 )
-@pytest.mark.parametrize("segment_init", ["checkpoint", "independent"])
 def test_titans_takes_errors_at_the_starts_of_chunks(length, chunk_length, segment_length, segment_init):
     _assert_close(
         _arguments("titans", length, 32, 64, batch=2),
@@ -230,10 +239,16 @@ def _kernels(compiled):
     return compiled.as_text().count('custom_call_target="tpu_custom_call"')
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("rule", ["linear", "delta", "titans"])
-@pytest.mark.parametrize(("heads", "dim"), [(16, 96), (8, 256)], ids=["760M", "1.3B"])
-def test_forward_and_backward_compile(chip, rule, heads, dim):
+# At the sizes of 760M and 1.3B: every rule for every chip, every rule and every chip at both.
+@pytest.mark.parametrize(
+    ("rule", "chip", "heads", "dim"),
+    [
+        (rule, *case)
+        for first, rule in enumerate(("linear", "delta", "titans"))
+        for case in in_turn([(16, 96), (8, 256)], first)
+    ],
+)
+def test_forward_and_backward_compile(rule, chip, heads, dim):
     assert _kernels(compile_for(chip, _gradients("tpu", rule), *_described(dim, heads=heads))) == 2
 
 
@@ -246,8 +261,8 @@ def test_two_cores_share_the_heads_of_an_odd_row(batch, groups, monkeypatch):
     assert batch * cut.heads // cut.group == groups, "a core stands still while the other works"
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("dim", [64, 256])
+# The least and the most that a head takes.
+@pytest.mark.parametrize(("dim", "dtype"), [(64, jnp.bfloat16), (256, jnp.float32)], ids=["least", "most"])
 @pytest.mark.parametrize(("rule", "kernels"), [("swla", 4), ("delta", 2), ("titans", 2)])
 def test_other_sizes_and_odd_lengths_compile_where_memory_is_least(rule, kernels, dim, dtype):
     described = _described(dim, dtype=dtype, length=777)

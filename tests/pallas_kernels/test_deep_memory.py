@@ -9,6 +9,8 @@ import pytest
 from pallas_kernels import _state
 from pallas_kernels.deep_memory import deep_memory, deep_memory_step
 
+pytestmark = pytest.mark.xdist_group("deep_memory")  # one worker: they share what is compiled
+
 # B batch, T tokens, H heads, K key dim (and value dim), E hidden dim, C chunk, L segment.
 B, T, H, K, E, C, L = 2, 21, 2, 4, 6, 4, 8
 LENGTHS = (21, 10)

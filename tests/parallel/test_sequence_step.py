@@ -109,6 +109,7 @@ def linear_step() -> tuple[dict[tuple[str, tuple[str, ...]], list[int]], dict]:
     return collectives(text, mesh), parameters
 
 
+@pytest.mark.xdist_group("linear step")
 def test_only_states_and_pooled_keys_go_between_devices_that_share_rows(linear_step):
     found, parameters = linear_step
     layers, devices, heads, dim, segments = 2, 4, 2, 8, 8
@@ -142,6 +143,7 @@ def test_only_states_and_pooled_keys_go_between_devices_that_share_rows(linear_s
     )
 
 
+@pytest.mark.xdist_group("linear step")
 def test_each_weight_is_gathered_twice_and_each_gradient_summed_once(linear_step):
     found, parameters = linear_step
     matrices = {

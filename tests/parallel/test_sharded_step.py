@@ -80,9 +80,18 @@ def nudged(parameters):
     )
 
 
+@functools.cache
+def drawn(config: Config):
+    """The first parameters, on the host: drawing them is compiled once, not for every mesh."""
+    with jax.set_mesh(mesh_of(ONE)):
+        return jax.device_get(new_state(config, VOCABULARY)[1].parameters)
+
+
 def first_gradients(config: Config, sizes: MeshConfig, change=lambda x: x) -> dict[str, np.ndarray]:
     with jax.set_mesh(mesh_of(sizes)):
-        graph, state = new_state(config, VOCABULARY)
+        graph, like = abstract_state(config, VOCABULARY)
+        where = jax.tree.map(lambda x: x.sharding, like.parameters)
+        parameters = jax.device_put(change(drawn(config)), where)
 
         @jax.jit
         def gradients(parameters, batch):
@@ -92,7 +101,7 @@ def first_gradients(config: Config, sizes: MeshConfig, change=lambda x: x) -> di
             return jax.grad(loss)(parameters)
 
         batch = on_mesh(batch_of(0, config.data.context_length), ROWS)
-        found = gradients(change(state.parameters), batch)
+        found = gradients(parameters, batch)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(found)}
 
 
@@ -125,21 +134,26 @@ def must_agree(name: str, sizes: MeshConfig, *, length: int = LENGTH, most: floa
     assert not wrong, f"a sum over devices is missing, or is taken twice: {wrong}"
 
 
-@pytest.mark.parametrize("name", MODELS)
+def on_one_worker(names):
+    """What tests of a model share is computed once."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+
+
+@pytest.mark.parametrize("name", on_one_worker(MODELS))
 def test_first_gradients_on_eight_devices_are_those_on_one(name):
     must_agree(name, MESHES["replica 2, fsdp 2, tensor 2"])
 
 
 @pytest.mark.parametrize("mesh", list(MESHES)[:2])
-@pytest.mark.parametrize("name", ["linear, gated", "titans, sparse"])
+@pytest.mark.parametrize("name", on_one_worker(["linear, gated", "titans, sparse"]))
 def test_first_gradients_are_the_same_on_every_mesh(name, mesh):
     must_agree(name, MESHES[mesh])
 
 
 def losses(
-    config: Config, sizes: MeshConfig, steps: int, *, folder=None, start: int = 0, save: bool = False
+    config: Config, sizes: MeshConfig, steps: int, *, folder=None, start: int = 0, save: int | None = None
 ) -> list[float]:
-    """Of `steps` steps, from the checkpoint of step `start` on, if it is not 0; `save` the last."""
+    """Of `steps` steps, from the checkpoint of step `start` on, if it is not 0; `save` a step's state."""
     with jax.set_mesh(mesh_of(sizes)), contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder)) if folder else None
         if checkpoints and start:
@@ -153,27 +167,32 @@ def losses(
             rate = jnp.float32(learning_rate(config.training, count))
             state, metrics = step(state, on_mesh(batch_of(count, config.data.context_length), ROWS), rate)
             found.append(float(metrics["loss"]))
+            if checkpoints and count + 1 == save:
+                checkpoints.save(save, state, force=True)
         assert step._cache_size() == 1, "the state comes out laid out otherwise than it went in"
-        if checkpoints and save:
-            checkpoints.save(start + steps, state, force=True)
     return found
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
     config = config_of(MODELS["linear, gated"])
-    found = losses(config, MESHES["fsdp 8"], 3, folder=epath.Path(tmp_path), save=True)
-    found += losses(config, MESHES["replica 2, fsdp 2, tensor 2"], 3, folder=epath.Path(tmp_path), start=3)
-    expected = losses(config, MESHES["fsdp 8"], 6)
-    np.testing.assert_allclose(found[:4], expected[:4], rtol=1e-5)
+    folder = epath.Path(tmp_path)
+    expected = losses(config, MESHES["fsdp 8"], 6, folder=folder, save=3)[3:]
+    found = losses(config, MESHES["replica 2, fsdp 2, tensor 2"], 3, folder=folder, start=3)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     np.testing.assert_allclose(found, expected, rtol=5e-3)
 
 
+@functools.cache
+def losses_alone(config: Config) -> list[float]:
+    return losses(config, ONE, config.training.steps)
+
+
+@pytest.mark.xdist_group("twenty losses")
 @pytest.mark.parametrize("mesh", MESHES)
 def test_twenty_losses_on_a_mesh_are_those_on_one_device(mesh):
     # With a larger rate Adam soon blows up rounding, where a gradient is nearly zero.
     config = config_of(MODELS["linear, gated"], learning_rate=3e-4)
-    found, expected = losses(config, MESHES[mesh], 20), losses(config, ONE, 20)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(losses(config, MESHES[mesh], 20), losses_alone(config), rtol=1e-4)
 
 
 def test_parts_of_a_batch_are_spread_over_all_devices():

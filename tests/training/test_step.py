@@ -13,6 +13,8 @@ from mc_jax.training.optimizer import annealed_top_k, learning_rate, make_optimi
 from mc_jax.training.run import new_state
 from mc_jax.training.step import make_step, merge_model
 
+pytestmark = pytest.mark.xdist_group("step")  # one worker: they share what is compiled
+
 VOCABULARY = 23
 CONFIG = Config(
     model=ModelConfig(num_layers=2, model_dim=16, num_heads=2, mlp_dim=24, segment_length=8, chunk_length=4),
