@@ -23,10 +23,12 @@ from mc_jax.planning.cost import cost_of, keep_schedules  # noqa: E402 (after th
 keep_schedules()
 
 import _kernel_cases as cases  # noqa: E402 (after libtpu was told to write schedules)
+import _layer_cases as layers  # noqa: E402
 
 BUDGETS = _ROOT / "pallas_kernels/budgets.json"
 _CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
 _TOKENS = 4096
+_LENGTHS = (4096, 32768, 131072)
 
 
 def bundles(chip: str) -> dict[str, float]:
@@ -34,7 +36,8 @@ def bundles(chip: str) -> dict[str, float]:
     found = {}
     for name, make in cases.CASES.items():
         case = make(_TOKENS)
-        cost = cost_of(chip, case.both("tpu"), case.bars, *case.shapes)
+        function, shapes = case.whole("tpu")
+        cost = cost_of(chip, function, *shapes, turns=case.turns, donated=case.donated)
         for kernel in cost.kernels:
             key = f"{name}: {kernel.name}"
             found[key] = found.get(key, 0.0) + kernel.calls * kernel.bundles / case.token_heads
@@ -59,12 +62,13 @@ def print_ops(chips: list[str], *, xla: bool) -> None:
         for name, make in cases.CASES.items():
             case = make(_TOKENS)
             print_row(f"{name}, forward", case, case.forward, case.shapes, 1, chip, xla)
-            print_row(f"{name}, and backward", case, case.both, (case.bars, *case.shapes), 3, chip, xla)
+            if case.has_gradient:
+                print_row(f"{name}, and backward", case, case.both, (case.bars, *case.shapes), 3, chip, xla)
 
 
 def print_row(name: str, case: cases.Case, function, shapes, products: int, chip: str, xla: bool) -> None:
     """Print one op; `products` is how often its matrix products are made, forward and backward."""
-    ours = cost_of(chip, function("tpu"), *shapes)
+    ours = cost_of(chip, function("tpu"), *shapes, turns=case.turns, donated=case.donated)
     bound = max(
         products * case.products / ours.chip.flops_per_cycle,
         products * case.bytes / ours.chip.bytes_per_cycle,
@@ -74,11 +78,39 @@ def print_row(name: str, case: cases.Case, function, shapes, products: int, chip
         f"{ours.cycles_at_peak / 1e6:>8.2f}{bound / 1e6:>8.2f}"
     )
     if xla:
-        theirs = cost_of(chip, function("xla"), *shapes)
+        theirs = cost_of(chip, function("xla"), *shapes, donated=case.donated)
         row += f"{theirs.cycles / 1e6:>9.2f}{theirs.cycles / ours.cycles:>10.1f}"
     else:
         row += f"{'':>19}"
     print(f"{row}{ours.cycles_at_peak / bound:>12.2f}", flush=True)
+
+
+def print_layers(chips: list[str], lengths: list[int]) -> None:
+    """Print a layer's kernels beside splash attention, a token and head."""
+    for chip in chips:
+        print(f"\n{chip}: a layer's kernels beside splash attention; a token and head, bfloat16, dims of 128")
+        print(
+            f"{'':<46}{'bundles':>9}{'streaming':>11}{'peak':>8}{'of XLA':>8}"
+            "   splash / ours: bundles, streaming, peak"
+        )
+        for tokens in lengths:
+            for backward in (False, True):
+                print_layer_rows(chip, tokens, backward)
+
+
+def print_layer_rows(chip: str, tokens: int, backward: bool) -> None:
+    """Print all layers at one length."""
+    what = "and backward" if backward else "forward"
+    attention = None
+    for layer in layers.layers(tokens, backward=backward):
+        case = layer.case
+        function, shapes = case.whole("tpu") if backward else (case.forward("tpu"), case.shapes)
+        cost = cost_of(chip, function, *shapes, turns=case.turns)
+        figures = layer.figures(cost)
+        attention = attention or figures
+        ratios = "".join(f"{a / b:>9.1f}" for a, b in zip(attention[:3], figures[:3], strict=True))
+        row = "".join(f"{figure:>{width}.2f}" for figure, width in zip(figures, (9, 11, 8, 8), strict=True))
+        print(f"{f'{layer.name}, {tokens:,}, {what}':<46}{row}{ratios}", flush=True)
 
 
 def main() -> None:
@@ -91,12 +123,21 @@ def main() -> None:
     parser.add_argument(
         "--record", action="store_true", help="write pallas_kernels/budgets.json, and no table"
     )
+    parser.add_argument(
+        "--layers",
+        nargs="*",
+        type=int,
+        metavar="TOKENS",
+        help="print a layer's kernels beside splash attention at these lengths, and no other table",
+    )
     parser.add_argument("--bundles", choices=_CHIPS, help="print one chip's bundles as JSON, and no table")
     arguments = parser.parse_args()
     if arguments.bundles:
         print(json.dumps(bundles(arguments.bundles)))
     elif arguments.record:
         record()
+    elif arguments.layers is not None:
+        print_layers(arguments.chips, arguments.layers or list(_LENGTHS))
     else:
         print_ops(arguments.chips, xla=not arguments.without_xla)
 
