@@ -168,8 +168,7 @@ def kernels_of(
                 calls=times,
                 bundles=loop.cycles(count.each_turns(), count.shares),
                 # The schedule copies each block at each place, of which some stay.
-                copied=max(cores * loop.bytes(count.each_turns(), count.shares) - count.blocks, 0.0)
-                + count.moved,
+                copied=max(cores * loop.bytes(count.each_turns()) - count.blocks, 0.0) + count.moved,
             )
         )
     return tuple(kernels)

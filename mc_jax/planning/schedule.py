@@ -22,14 +22,12 @@ _DELAY = 4
 
 @dataclasses.dataclass
 class Branch:
-    """What a kernel may jump over and has matrix products in it, without the loops in it."""
+    """What a kernel may jump over and has matrix products in it and no copies, without the loops in it."""
 
     number: int
     """Counted through the kernel."""
     bundles: int = 0
     """If it runs."""
-    copied: int = 0
-    """Bytes between HBM and VMEM, if it runs."""
 
 
 @dataclasses.dataclass
@@ -45,7 +43,7 @@ class Loop:
     loops: list["Loop"] = dataclasses.field(default_factory=list)
     """What is in it."""
     branches: list[Branch] = dataclasses.field(default_factory=list)
-    """What is in it, but not in a loop in it; their bundles and bytes are not among its own."""
+    """What is in it, but not in a loop in it; their bundles are not among its own."""
 
     def cycles(self, turns: Iterator[float], shares: Sequence[float] = ()) -> float:
         """Bundles in all.
@@ -55,24 +53,23 @@ class Loop:
           shares: of each branch, in order, the share of its loop's turns that run it. If they are not as many
             as there are branches, each counts as if it always ran.
         """
-        shares = shares if len(shares) == self.count_branches() else [1.0] * self.count_branches()
-        return self._sum("bundles", turns, shares)
+        if len(shares) != self.count_branches():
+            shares = [1.0] * self.count_branches()
+        return self._cycles(turns, shares)
 
-    def bytes(self, turns: Iterator[float], shares: Sequence[float] = ()) -> float:
+    def bytes(self, turns: Iterator[float]) -> float:
         """Bytes moved in all; see `cycles`."""
-        shares = shares if len(shares) == self.count_branches() else [1.0] * self.count_branches()
-        return self._sum("copied", turns, shares)
+        count = self._turns(turns)
+        return count * (self.copied + sum(loop.bytes(turns) for loop in self.loops))
 
     def count_branches(self) -> int:
         """Return how many there are in it, and in the loops in it."""
         return len(self.branches) + sum(loop.count_branches() for loop in self.loops)
 
-    def _sum(self, what: str, turns: Iterator[float], shares: Sequence[float]) -> float:
+    def _cycles(self, turns: Iterator[float], shares: Sequence[float]) -> float:
         count = self._turns(turns)
-        once = getattr(self, what) + sum(
-            shares[branch.number] * getattr(branch, what) for branch in self.branches
-        )
-        return count * (once + sum(loop._sum(what, turns, shares) for loop in self.loops))
+        branches = sum(shares[branch.number] * branch.bundles for branch in self.branches)
+        return count * (self.bundles + branches + sum(loop._cycles(turns, shares) for loop in self.loops))
 
     def _turns(self, turns: Iterator[float]) -> float:
         if self.turns is not None:
@@ -105,9 +102,8 @@ def read_schedule(text: str) -> Loop:
     bodies = [bundle["body"] for bundle in bundles]
     branches = _branches(bodies, loops)
     for body, loop, branch in zip(bodies, loops, branches, strict=True):
-        here = branch or loop
-        here.bundles += 1
-        here.copied += sum(_GRANULE * int(granules) for granules in _COPY.findall(body))
+        (branch or loop).bundles += 1
+        loop.copied += sum(_GRANULE * int(granules) for granules in _COPY.findall(body))
     return kernel
 
 
@@ -127,6 +123,8 @@ def _branches(bodies: list[str], loops: list[Loop]) -> list[Branch | None]:
                 inmost[n] = len(jumps)
             jumps.append(loops[at])
     multiplies = {inmost[at] for at, body in enumerate(bodies) if _PRODUCT.search(body)} - {-1}
+    # What a grid's pipeline jumps over has copies in it.
+    multiplies -= {inmost[at] for at, body in enumerate(bodies) if _COPY.search(body)}
     found: dict[int, Branch] = {}
     for number, jump in enumerate(sorted(multiplies)):
         found[jump] = Branch(number)
