@@ -4,10 +4,13 @@ A bundle is what a core issues in one cycle; a kernel's bundles are its time if 
 What XLA makes of an op has estimates in cycles. Both are static: ratios on one chip tell more than cycles.
 
 "streaming" charges a kernel's copies from and to HBM at the rate that XLA's estimates grant operations that
-stream, "peak" at the chip's peak. Copies of what stays in place count as if they were made again, so both are
-upper bounds. The bound below is the larger of the matrix products at the chip's peak and of reading arguments
-and writing results once at the peak of HBM. Arguments and results have whatever layouts suit: in a model, the
-operations around an op take on the layouts it asks for.
+stream, "peak" at the chip's peak. Blocks that stay where they are from one step of a grid to the next are not
+copied again. The sparse read's loops turn as data tell: its choices are taken to be spread evenly. XLA's
+sorts, of which the sparse read has one, have no estimate and count for nothing.
+
+The bound is the larger of the matrix products at the chip's peak and of reading arguments and writing results
+once at the peak of HBM. Arguments and results have whatever layouts suit: in a model, the operations around
+an op take on the layouts it asks for.
 """
 
 import argparse
@@ -31,10 +34,11 @@ _TOKENS = 4096
 _LENGTHS = (4096, 32768, 131072)
 
 
-def bundles(chip: str) -> dict[str, float]:
-    """Return the bundles per token and head of every kernel at its case's size: "op: kernel" -> bundles."""
+def bundles(chip: str, ops: list[str] | None = None) -> dict[str, float]:
+    """Return the bundles per token and head of kernels at their case's size: "op: kernel" -> bundles."""
     found = {}
-    for name, make in cases.CASES.items():
+    for name in ops or cases.CASES:
+        make = cases.CASES[name]
         case = make(_TOKENS)
         function, shapes = case.whole("tpu")
         cost = cost_of(chip, function, *shapes, turns=case.turns, donated=case.donated)
@@ -44,15 +48,18 @@ def bundles(chip: str) -> dict[str, float]:
     return {key: round(value, 3) for key, value in found.items()}
 
 
-def record(chips: list[str]) -> None:
-    """Write the budgets that a test holds the kernels to; those of other chips stay."""
+def record(chips: list[str], ops: list[str] | None) -> None:
+    """Write the budgets that a test holds the kernels to; those of other chips, and other ops, stay."""
     for chip in chips:
-        budgets = json.loads(BUDGETS.read_text()) | {chip: bundles(chip)}
+        found = bundles(chip, ops)
+        budgets = json.loads(BUDGETS.read_text())
+        stay = budgets.get(chip, {}) if ops else {}
+        budgets[chip] = dict(sorted((stay | found).items()))
         BUDGETS.write_text(json.dumps(budgets, indent=2) + "\n")
         print(f"wrote {BUDGETS.relative_to(_ROOT)}: {chip}", flush=True)
 
 
-def print_ops(chips: list[str], *, xla: bool) -> None:
+def print_ops(chips: list[str], ops: list[str] | None, *, xla: bool) -> None:
     """Print every op beside XLA's version of it and beside its bound."""
     for chip in chips:
         print(f"\n{chip}: {_TOKENS:,} tokens, bfloat16; cycles in millions; bundles per token and head")
@@ -60,8 +67,8 @@ def print_ops(chips: list[str], *, xla: bool) -> None:
             f"{'':<34}{'bundles':>9}{'streaming':>11}{'peak':>8}{'bound':>8}{'XLA':>9}{'XLA/ours':>10}"
             f"{'ours/bound':>12}"
         )
-        for name, make in cases.CASES.items():
-            case = make(_TOKENS)
+        for name in ops or cases.CASES:
+            case = cases.CASES[name](_TOKENS)
             print_row(f"{name}, forward", case, case.forward, case.shapes, 1, chip, xla)
             if case.has_gradient:
                 print_row(f"{name}, and backward", case, case.both, (case.bars, *case.shapes), 3, chip, xla)
@@ -121,6 +128,7 @@ def main() -> None:
     parser.add_argument(
         "--without-xla", action="store_true", help="leave XLA's versions out: they compile long"
     )
+    parser.add_argument("--ops", nargs="+", choices=cases.CASES, help="those alone, in a table or a record")
     parser.add_argument(
         "--record", action="store_true", help="write these chips' pallas_kernels/budgets.json, and no table"
     )
@@ -134,13 +142,13 @@ def main() -> None:
     parser.add_argument("--bundles", choices=_CHIPS, help="print one chip's bundles as JSON, and no table")
     arguments = parser.parse_args()
     if arguments.bundles:
-        print(json.dumps(bundles(arguments.bundles)))
+        print(json.dumps(bundles(arguments.bundles, arguments.ops)))
     elif arguments.record:
-        record(arguments.chips)
+        record(arguments.chips, arguments.ops)
     elif arguments.layers is not None:
         print_layers(arguments.chips, arguments.layers or list(_LENGTHS))
     else:
-        print_ops(arguments.chips, xla=not arguments.without_xla)
+        print_ops(arguments.chips, arguments.ops, xla=not arguments.without_xla)
 
 
 if __name__ == "__main__":
