@@ -1,18 +1,26 @@
 """What scripts/bench_kernels measures: every op at the sizes of a large model's layer.
 
-Shapes: B batch, T tokens, H heads, K key dim (and value dim), E hidden dim, N states.
+The sparse read's loops turn as the choices of tokens tell. Its turns are those of choices spread evenly over
+the states before a token's segment.
+
+Shapes: B batch, T tokens, H heads, K key dim (and value dim), E hidden dim, N states, k choices.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels import chunk_memory, deep_memory, gated_state_read
+from pallas_kernels import chunk_memory, decode_step, deep_memory, gated_state_read, routed_state_read
+from pallas_kernels._state import OnlineState
+from pallas_kernels.routed_read._tpu_matrix import ROWS, UNROLLED
+from pallas_kernels.routed_read.tpu import plan_of
 
-_HEADS, _DIM, _SEGMENT = 16, 128, 256
+_HEADS, _DIM, _SEGMENT, _TOP_K = 16, 128, 256, 2
+_SLOTS = 64
 _MLP_HEADS, _HIDDEN = 8, 512
 
 
@@ -28,6 +36,14 @@ class Case:
     """Tokens times heads, of all rows."""
     products: int
     """FLOPs of its matrix products, forward; as many again for each of two factors backward."""
+    has_gradient: bool = True
+    """Whether it can be run backward."""
+    donated: tuple[int, ...] = ()
+    """Which arguments may be overwritten."""
+    untouched: int = 0
+    """Bytes of arguments and results that are neither read nor written."""
+    turns: Callable[[str], Iterable[float]] | None = None
+    """Of a kernel's loops that depend on data, as `cost_of` asks for them."""
 
     def forward(self, implementation: str) -> Callable:
         """Return the op as a function of its arguments."""
@@ -38,9 +54,16 @@ class Case:
 
         def run(bars, *arguments):
             results, vjp = jax.vjp(self.forward(implementation), *arguments)
-            return results, vjp(bars)
+            # Whole numbers have no gradient.
+            return results, [bar for bar in vjp(bars) if not _is_empty(bar)]
 
         return run
+
+    def whole(self, implementation: str) -> tuple[Callable, tuple]:
+        """Return all that the op can do, as a function, and the shapes of its arguments."""
+        if self.has_gradient:
+            return self.both(implementation), (self.bars, *self.shapes)
+        return self.forward(implementation), self.shapes
 
     @property
     def bars(self):
@@ -50,21 +73,27 @@ class Case:
     @property
     def bytes(self) -> int:
         """That have to be read and written, forward."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.shapes, self.bars)))
+        leaves = jax.tree.leaves((self.shapes, self.bars))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) - self.untouched
 
 
-def _array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+def _is_empty(bar) -> bool:
+    return getattr(bar, "dtype", None) == jax.dtypes.float0
+
+
+def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    """Return the shape of an argument."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def state_read(tokens: int, *, batch: int = 4) -> Case:
     """The dense read of all segments' matrices by every token."""
     states = tokens // _SEGMENT
-    q = _array(batch, tokens, _HEADS, _DIM)
-    gates = _array(batch, tokens, _HEADS, states, dtype=jnp.float32)
+    q = array(batch, tokens, _HEADS, _DIM)
+    gates = array(batch, tokens, _HEADS, states, dtype=jnp.float32)
     return Case(
         op=gated_state_read,
-        shapes=(q, gates, _array(batch, states, _HEADS, _DIM, _DIM)),
+        shapes=(q, gates, array(batch, states, _HEADS, _DIM, _DIM)),
         token_heads=batch * tokens * _HEADS,
         products=2 * batch * tokens * _HEADS * states * _DIM * _DIM,
     )
@@ -73,11 +102,11 @@ def state_read(tokens: int, *, batch: int = 4) -> Case:
 def mlp_state_read(tokens: int, *, batch: int = 4) -> Case:
     """The dense read of all segments' MLPs by every token."""
     states = tokens // _SEGMENT
-    q = _array(batch, tokens, _MLP_HEADS, _DIM)
-    gates = _array(batch, tokens, _MLP_HEADS, states, dtype=jnp.float32)
+    q = array(batch, tokens, _MLP_HEADS, _DIM)
+    gates = array(batch, tokens, _MLP_HEADS, states, dtype=jnp.float32)
     weights = (
-        _array(batch, states, _MLP_HEADS, _DIM, _HIDDEN),
-        _array(batch, states, _MLP_HEADS, _HIDDEN, _DIM),
+        array(batch, states, _MLP_HEADS, _DIM, _HIDDEN),
+        array(batch, states, _MLP_HEADS, _HIDDEN, _DIM),
     )
     return Case(
         op=gated_state_read,
@@ -89,7 +118,7 @@ def mlp_state_read(tokens: int, *, batch: int = 4) -> Case:
 
 def matrix_memory(rule: str, tokens: int, *, batch: int = 4) -> Case:
     """Writes to a matrix and online reads; its products leave out those of pairs of tokens, which vary."""
-    array = _array(batch, tokens, _HEADS, _DIM)
+    x = array(batch, tokens, _HEADS, _DIM)
     more = {"swla": ("previous_step",), "titans": ("momentum",)}
     names = ("retention", "step", *more.get(rule, ()))
     # Written and read; where errors are written, k M too, and titans has a momentum in each.
@@ -108,19 +137,110 @@ def matrix_memory(rule: str, tokens: int, *, batch: int = 4) -> Case:
 
     return Case(
         op=op,
-        shapes=(array, array, array, *[_array(*array.shape[:3], dtype=jnp.float32)] * len(names)),
+        shapes=(x, x, x, *[array(*x.shape[:3], dtype=jnp.float32)] * len(names)),
         token_heads=batch * tokens * _HEADS,
         products=2 * matrices * batch * tokens * _HEADS * _DIM * _DIM,
     )
 
 
+def sparse_read(tokens: int, *, batch: int = 4) -> Case:
+    """The read of two states by every token."""
+    q = array(batch, tokens, _HEADS, _DIM)
+    states = array(batch, tokens // _SEGMENT, _HEADS, _DIM, _DIM)
+    pairs = (batch, tokens, _HEADS, _TOP_K)
+    return Case(
+        op=routed_state_read,
+        shapes=(q, array(*pairs, dtype=jnp.float32), array(*pairs, dtype=jnp.int32), states),
+        token_heads=batch * tokens * _HEADS,
+        products=2 * batch * tokens * _HEADS * _TOP_K * _DIM * _DIM,
+        turns=functools.partial(sparse_turns, q, states, _SEGMENT, _TOP_K),
+    )
+
+
+def sparse_turns(
+    q: jax.ShapeDtypeStruct, states: jax.ShapeDtypeStruct, segment: int, choices: int, kernel: str
+) -> Iterable[float]:
+    """Return mean turns of the loops of the sparse read's kernels that depend on data, in their order.
+
+    A token's choices are taken to be spread evenly over the states of the segments before its own: they are
+    equally far from each other, and start at a multiple of the golden ratio. Where there are fewer states
+    than choices the first are read, with gates of 0. Of other kernels nothing is known.
+    """
+    plan = plan_of(q, choices, states)
+    if not kernel.startswith("routed_read") or plan is None:
+        return ()
+    token = np.arange(q.shape[1])
+    eligible = token // segment
+    place = (token[:, None] * (5**0.5 - 1) / 2 + np.arange(choices) / choices) % 1
+    chosen = np.where(
+        eligible[:, None] >= choices, (eligible[:, None] * place).astype(int), np.arange(choices)
+    )
+    groups, rows_of_blocks = 0, []
+    for first in range(0, token.size, plan.length):
+        counts = np.bincount(chosen[first : first + plan.length].ravel())
+        groups += -(-counts.size // plan.group)
+        for count in counts:
+            rows_of_blocks += [min(ROWS, count - start) for start in range(0, count, ROWS)]
+    rows = np.asarray(rows_of_blocks)
+    blocks_of_state = rows.size / (groups * plan.group)
+    copies = [float(np.mean(rows // UNROLLED)), float(np.mean(rows % UNROLLED))]
+    # Of a piece, of a state, and of a block: its rows are copied before and after they are multiplied.
+    return (groups / plan.pieces, blocks_of_state, *copies, *copies)
+
+
+def decoding(slots: int = _SLOTS, *, batch: int = 64) -> Case:
+    """One token of decoding, a linear memory, reading two cached states a head."""
+    vector, number = array(batch, _HEADS, _DIM), array(batch, _HEADS, dtype=jnp.float32)
+    online = array(batch, _HEADS, _DIM, _DIM, dtype=jnp.float32)
+    states = array(batch, slots, _HEADS, _DIM, _DIM)
+    chosen = (batch, _HEADS, _TOP_K)
+
+    def op(weights, states, q, k, v, gates, indices, online_gate, retention, step, slot, *, implementation):
+        read, state, states = decode_step(
+            OnlineState(weights=weights),
+            q,
+            k,
+            v,
+            states,
+            gates,
+            indices,
+            online_gate=online_gate,
+            slot=slot,
+            rule="linear",
+            retention=retention,
+            step=step,
+            implementation=implementation,
+        )
+        return read, state.weights, states
+
+    selected = batch * _TOP_K * _HEADS * _DIM * _DIM * states.dtype.itemsize
+    return Case(
+        op=op,
+        shapes=(
+            online,
+            states,
+            *[vector] * 3,
+            array(*chosen, dtype=jnp.float32),
+            array(*chosen, dtype=jnp.int32),
+            *[number] * 3,
+            array(batch, dtype=jnp.int32),
+        ),
+        token_heads=batch * _HEADS,
+        products=0,
+        has_gradient=False,
+        donated=(0, 1),
+        # Few rows end a segment at a time.
+        untouched=2 * states.size * states.dtype.itemsize - selected,
+    )
+
+
 def mlp_memory(objective: str, tokens: int, *, batch: int = 4) -> Case:
     """Writes to an MLP and online reads; its products leave out those of pairs of tokens, which vary."""
-    array = _array(batch, tokens, _MLP_HEADS, _DIM)
+    x = array(batch, tokens, _MLP_HEADS, _DIM)
     names = ("retention", "step") + (("momentum",) if objective == "l2" else ())
     initial = (
-        _array(_MLP_HEADS, _DIM, _HIDDEN, dtype=jnp.float32),
-        _array(_MLP_HEADS, _HIDDEN, _DIM, dtype=jnp.float32),
+        array(_MLP_HEADS, _DIM, _HIDDEN, dtype=jnp.float32),
+        array(_MLP_HEADS, _HIDDEN, _DIM, dtype=jnp.float32),
     )
 
     def op(q, k, v, initial_state, *coefficients, implementation):
@@ -137,7 +257,7 @@ def mlp_memory(objective: str, tokens: int, *, batch: int = 4) -> Case:
 
     return Case(
         op=op,
-        shapes=(array, array, array, initial, *[_array(*array.shape[:3], dtype=jnp.float32)] * len(names)),
+        shapes=(x, x, x, initial, *[array(*x.shape[:3], dtype=jnp.float32)] * len(names)),
         token_heads=batch * tokens * _MLP_HEADS,
         # Written: the error, its way back and both layers' changes; read: both layers.
         products=14 * batch * tokens * _MLP_HEADS * _DIM * _HIDDEN,
@@ -151,6 +271,8 @@ CASES = {
     "chunk_memory, titans": functools.partial(matrix_memory, "titans"),
     "deep_memory, dla": functools.partial(mlp_memory, "dot"),
     "deep_memory, titans": functools.partial(mlp_memory, "l2"),
+    "decode_step": lambda tokens: decoding(),
     "gated_state_read": state_read,
     "gated_state_read, MLP": mlp_state_read,
+    "routed_state_read": sparse_read,
 }

@@ -2,7 +2,6 @@
 
 import atexit
 import dataclasses
-import itertools
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from mc_jax._absent_tpu import quiet_libtpu
 from mc_jax.planning.chips import CHIPS, Chip
 from mc_jax.planning.program import Operation, operations
 from mc_jax.planning.schedule import Loop, read_schedule
+from mc_jax.planning.turns import Counts, counts_of, kernel_works
 
 # What transformations put before a kernel's name.
 _TRANSFORMED = re.compile(r"^(?:transpose_|jvp_|vmap_|checkpoint_)+")
@@ -39,7 +39,7 @@ class Kernel:
     bundles: float
     """Of one run: cycles, if it never has to wait."""
     copied: float
-    """Bytes that a run moves between HBM and VMEM; what stays in place counts as if it were moved again."""
+    """Bytes that a run moves between HBM and VMEM."""
 
     def cycles(self, bytes_per_cycle: float) -> float:
         """Of all runs: the compute's or the copies', whichever take longer."""
@@ -97,7 +97,8 @@ def cost_of(
     chip: str,
     function: Callable,
     *shapes,
-    turns: Callable[[str], Iterable[float]] = lambda kernel: itertools.repeat(1.0),
+    turns: Callable[[str], Iterable[float]] | None = None,
+    donated: tuple[int, ...] = (),
 ) -> Cost:
     """Compile a function for one chip and read what it costs; `keep_schedules` must have been called.
 
@@ -107,23 +108,28 @@ def cost_of(
       chip: a name in `CHIPS`.
       function: of arrays.
       *shapes: its arguments, trees of `jax.ShapeDtypeStruct`.
-      turns: for a kernel's name the mean turns of each of its loops that decides them while it runs; 1 if
-        nothing is said.
+      turns: for a kernel's name the mean turns of each of its loops that decides them while it runs, for
+        kernels whose loops depend on data; it is called with the chip's mesh set. None, and for a name for
+        which it gives none: what the place in the grid tells, and 1 of loops that depend on more.
+      donated: which arguments the function may overwrite.
     """
     forget_schedules()
     described = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
     mesh = jax.sharding.Mesh(described.devices[:1], "chip", axis_types=(AxisType.Auto,))
     anyhow = Format(Layout.AUTO, jax.NamedSharding(mesh, jax.P()))
     with jax.set_mesh(mesh):
-        compiled = jax.jit(function, in_shardings=anyhow, out_shardings=anyhow).lower(*shapes).compile()
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None
-    assert memory is not None
-    found = tuple(operations(text))
+        jitted = jax.jit(function, in_shardings=anyhow, out_shardings=anyhow, donate_argnums=donated)
+        traced = jitted.trace(*shapes)
+        compiled = traced.lower().compile()
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        assert text is not None
+        assert memory is not None
+        found = tuple(operations(text))
+        kernels = kernels_of(found, _told(counts_of(kernel_works(traced.jaxpr.jaxpr)), turns))
     return Cost(
         chip=CHIPS[chip],
         operations=tuple(operation for operation in found if not operation.is_kernel),
-        kernels=kernels_of(found, turns),
+        kernels=kernels,
         temporary=memory.temp_size_in_bytes,
     )
 
@@ -142,9 +148,9 @@ def has_schedules() -> bool:
 
 def kernels_of(
     found: Iterable[Operation],
-    turns: Callable[[str], Iterable[float]] = lambda kernel: itertools.repeat(1.0),
+    counts: Callable[[str], Counts] = lambda kernel: Counts(),
 ) -> tuple[Kernel, ...]:
-    """Return the kernels of the program that was compiled last; `turns` is as in `cost_of`."""
+    """Return the kernels of the program that was compiled last; `counts` are as of `counts_of`."""
     calls = Counter()
     for operation in found:
         if operation.is_kernel:
@@ -153,16 +159,43 @@ def kernels_of(
     for name, times in calls.items():
         loop = _schedule(name)
         pallas_name = kernel_name(name)
+        count = counts(pallas_name)
+        cores = _at_places(loop, count)
         kernels.append(
             Kernel(
                 name=pallas_name,
                 operation=name,
                 calls=times,
-                bundles=loop.cycles(iter(turns(pallas_name))),
-                copied=loop.bytes(iter(turns(pallas_name))),
+                bundles=loop.cycles(count.each_turns(), count.shares),
+                # The schedule copies each block at each place, of which some stay.
+                copied=max(cores * loop.bytes(count.each_turns()) - count.blocks, 0.0) + count.moved,
             )
         )
     return tuple(kernels)
+
+
+def _at_places(kernel: Loop, count: Counts) -> int:
+    """Let the loop over the grid turn once a place, and return how many cores share it.
+
+    A pipeline makes a turn or two more, in which blocks come or go and nothing is computed.
+    """
+    for loop in kernel.loops:
+        for cores in (1, 2):
+            places = count.places / cores
+            if loop.turns is not None and 0 <= loop.turns - places <= 2 < places:
+                loop.turns = round(places)
+                return cores
+    return 1
+
+
+def _told(
+    counts: Callable[[str], Counts], turns: Callable[[str], Iterable[float]] | None
+) -> Callable[[str], Counts]:
+    def told(name: str) -> Counts:
+        found = tuple(turns(name)) if turns else ()
+        return dataclasses.replace(counts(name), turns=found) if found else counts(name)
+
+    return told
 
 
 def kernel_name(operation: str) -> str:

@@ -27,7 +27,7 @@ from mc_jax.planning.parts import by_part
 from mc_jax.planning.program import operations
 from mc_jax.planning.speed import Speed, speed_of
 from mc_jax.planning.topology import Topology, read_topology
-from mc_jax.planning.turns import kernel_works, turns_of
+from mc_jax.planning.turns import counts_of, kernel_works
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.run import abstract_state, drawing
 from mc_jax.training.step import make_step, merge_model, token_losses
@@ -129,7 +129,7 @@ def plan(
             works = list(kernel_works(traced.jaxpr.jaxpr))
             speed = speed_of(
                 found,
-                kernels_of(found, turns_of(works)),
+                kernels_of(found, counts_of(works)),
                 sent,
                 chip,
                 chips=mesh.size,

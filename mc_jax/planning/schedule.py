@@ -2,22 +2,37 @@
 
 A line is a bundle: what a core issues in one cycle. Angle brackets before it tell how many loops it is in;
 "LB" marks the first bundle of a loop's body. A loop whose number of turns the compiler knows ends in a
-comparison with that number.
+comparison with that number. A branch jumps to a region further down; the regions' starts stand in comments.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?P<mark>[A-Z]{2})?\s*:(?P<nesting>[ >]*)\{(?P<body>.*)$")
 _TURNS = re.compile(r"scmp\.ge\.s32\.totalorder %\S+, (\d+) /\* loop exit test \*/")
 _COPY = re.compile(r"dma\.(?:hbm_to_vmem|vmem_to_hbm) .*?/\*size_in_granules=\*/(\d+)")
 _GRANULE = 32
+_JUMP = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
+_START = re.compile(r"Start(?:/End empty)? region (\d+)\b")
+_PRODUCT = re.compile(r"\bvmat(?!pop)\w+")
+# Bundles after a jump that are run either way.
+_DELAY = 4
+
+
+@dataclasses.dataclass
+class Branch:
+    """What a kernel may jump over and has matrix products in it and no copies, without the loops in it."""
+
+    number: int
+    """Counted through the kernel."""
+    bundles: int = 0
+    """If it runs."""
 
 
 @dataclasses.dataclass
 class Loop:
-    """A loop of a kernel, or the kernel itself; what is in a branch counts as if it always ran."""
+    """A loop of a kernel, or the kernel; branches without matrix products count as if they always ran."""
 
     bundles: int = 0
     """Of a turn, without the loops in it."""
@@ -27,16 +42,34 @@ class Loop:
     """None: decided while it runs."""
     loops: list["Loop"] = dataclasses.field(default_factory=list)
     """What is in it."""
+    branches: list[Branch] = dataclasses.field(default_factory=list)
+    """What is in it, but not in a loop in it; their bundles are not among its own."""
 
-    def cycles(self, turns: Iterator[float]) -> float:
-        """Bundles in all; `turns` gives means for the loops whose turns are not known, in order."""
-        count = self._turns(turns)
-        return count * (self.bundles + sum(loop.cycles(turns) for loop in self.loops))
+    def cycles(self, turns: Iterator[float], shares: Sequence[float] = ()) -> float:
+        """Bundles in all.
+
+        Args:
+          turns: means for the loops whose turns are not known, in order.
+          shares: of each branch, in order, the share of its loop's turns that run it. If they are not as many
+            as there are branches, each counts as if it always ran.
+        """
+        if len(shares) != self.count_branches():
+            shares = [1.0] * self.count_branches()
+        return self._cycles(turns, shares)
 
     def bytes(self, turns: Iterator[float]) -> float:
         """Bytes moved in all; see `cycles`."""
         count = self._turns(turns)
         return count * (self.copied + sum(loop.bytes(turns) for loop in self.loops))
+
+    def count_branches(self) -> int:
+        """Return how many there are in it, and in the loops in it."""
+        return len(self.branches) + sum(loop.count_branches() for loop in self.loops)
+
+    def _cycles(self, turns: Iterator[float], shares: Sequence[float]) -> float:
+        count = self._turns(turns)
+        branches = sum(shares[branch.number] * branch.bundles for branch in self.branches)
+        return count * (self.bundles + branches + sum(loop._cycles(turns, shares) for loop in self.loops))
 
     def _turns(self, turns: Iterator[float]) -> float:
         if self.turns is not None:
@@ -51,10 +84,9 @@ def read_schedule(text: str) -> Loop:
     """Return the kernel of a file `*final_bundles.txt`, which libtpu writes with --xla_jf_dump_llo_text."""
     kernel = Loop(turns=1)
     nest = [kernel]
-    for line in text.splitlines():
-        bundle = _BUNDLE.match(line)
-        if bundle is None:
-            continue
+    bundles = [bundle for line in text.splitlines() if (bundle := _BUNDLE.match(line))]
+    loops: list[Loop] = []
+    for bundle in bundles:
         depth = bundle["nesting"].count(">")
         body = bundle["body"]
         if body.startswith("}") and depth == 0:
@@ -64,9 +96,37 @@ def read_schedule(text: str) -> Loop:
             nest[-1].loops.append(Loop())
             nest.append(nest[-1].loops[-1])
         del nest[depth + 1 :]
-        here = nest[-1]
-        here.bundles += 1
-        here.copied += sum(_GRANULE * int(granules) for granules in _COPY.findall(body))
+        loops.append(nest[-1])
         if turns := _TURNS.search(body):
-            here.turns = int(turns[1])
+            nest[-1].turns = int(turns[1])
+    bodies = [bundle["body"] for bundle in bundles]
+    branches = _branches(bodies, loops)
+    for body, loop, branch in zip(bodies, loops, branches, strict=True):
+        (branch or loop).bundles += 1
+        loop.copied += sum(_GRANULE * int(granules) for granules in _COPY.findall(body))
     return kernel
+
+
+def _branches(bodies: list[str], loops: list[Loop]) -> list[Branch | None]:
+    """Return the inmost branch with matrix products that each bundle is in, and put each into its loop."""
+    starts: dict[int, int] = {}
+    for at, body in enumerate(bodies):
+        for region in _START.findall(body):
+            starts.setdefault(int(region), at)
+    inmost = [-1] * len(bodies)
+    jumps = []
+    for at, body in enumerate(bodies):
+        if jump := _JUMP.search(body):
+            end = starts.get(int(jump[1]), -1)  # the exits of loops jump backwards
+            inside = [n for n in range(at + 1 + _DELAY, end) if loops[n] is loops[at]]
+            for n in inside:
+                inmost[n] = len(jumps)
+            jumps.append(loops[at])
+    multiplies = {inmost[at] for at, body in enumerate(bodies) if _PRODUCT.search(body)} - {-1}
+    # What a grid's pipeline jumps over has copies in it.
+    multiplies -= {inmost[at] for at, body in enumerate(bodies) if _COPY.search(body)}
+    found: dict[int, Branch] = {}
+    for number, jump in enumerate(sorted(multiplies)):
+        found[jump] = Branch(number)
+        jumps[jump].branches.append(found[jump])
+    return [found.get(jump) for jump in inmost]

@@ -1,7 +1,8 @@
 """How often the loops of a Pallas kernel turn that decide it while they run, and what its products cost.
 
 A kernel is traced once for all steps of its grid. Bounds of its loops are sums of the step's place in the
-grid and of constants: so they are computed here for all places at once, and averaged.
+grid and of constants: so they are computed here for all places at once, and averaged. So are the conditions
+of its branches, and which blocks of its arguments and results a step finds where the step before left them.
 
 Shapes: P places of the grid.
 """
@@ -46,8 +47,16 @@ class KernelWork:
     """As given to `pallas_call`."""
     turns: tuple[float, ...]
     """Of each loop that decides them while it runs, in order: the mean over the grid's places."""
+    shares: tuple[float, ...]
+    """Of each branch with matrix products in it, in order: of its loop's turns those that run it."""
     products: float
     """FLOPs of its matrix products, in all places."""
+    places: int
+    """Of its grid."""
+    blocks: float
+    """Bytes of the blocks that pass between HBM and VMEM, if all did at each place."""
+    moved: float
+    """The same without those that stay from one place to the next."""
     times: int
     """How often the program runs it, on a device."""
 
@@ -63,19 +72,50 @@ def kernel_works(program: Any, times: int = 1) -> Iterator[KernelWork]:
             yield from kernel_works(inner, again)
 
 
-def turns_of(works: Iterable[KernelWork]) -> Callable[[str], Iterable[float]]:
-    """Return the turns of a kernel's loops by its name, as `kernels_of` asks for them, means over calls."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a kernel's schedule does not tell: means over the calls of kernels of one name."""
+
+    turns: tuple[float, ...] = ()
+    """See `KernelWork`; 1 for loops after the last."""
+    shares: tuple[float, ...] = ()
+    """See `KernelWork`."""
+    places: float = 0
+    """See `KernelWork`."""
+    blocks: float = 0
+    """See `KernelWork`."""
+    moved: float = 0
+    """See `KernelWork`."""
+
+    def each_turns(self) -> Iterator[float]:
+        """Yield the turns of each loop without an end."""
+        return itertools.chain(self.turns, itertools.repeat(1.0))
+
+
+def counts_of(works: Iterable[KernelWork]) -> Callable[[str], Counts]:
+    """Return what is counted of kernels by their name, as `kernels_of` asks for it."""
     calls: dict[str, list[KernelWork]] = {}
     for work in works:
         calls.setdefault(work.name, []).append(work)
 
-    def turns(name: str) -> Iterable[float]:
+    def counts(name: str) -> Counts:
         found = calls.get(name, [])
-        total = sum(work.times for work in found)
-        each = zip(*[[work.times * turn / total for turn in work.turns] for work in found], strict=False)
-        return itertools.chain(map(sum, each), itertools.repeat(1.0))
+        if not found:
+            return Counts()
+        weights = [work.times for work in found]
 
-    return turns
+        def mean(numbers: Iterable[float]) -> float:
+            return float(np.average(list(numbers), weights=weights))
+
+        return Counts(
+            turns=tuple(map(mean, zip(*[work.turns for work in found], strict=False))),
+            shares=tuple(map(mean, zip(*[work.shares for work in found], strict=False))),
+            places=mean(work.places for work in found),
+            blocks=mean(work.blocks for work in found),
+            moved=mean(work.moved for work in found),
+        )
+
+    return counts
 
 
 def _inner(equation: Any) -> Iterator[Any]:
@@ -87,25 +127,57 @@ def _inner(equation: Any) -> Iterator[Any]:
 
 
 def _work(equation: Any, times: int) -> KernelWork:
+    mapping = equation.params["grid_mapping"]
     # A size that is decided while the program runs counts as one.
-    grid = [size if isinstance(size, int) else 1 for size in equation.params["grid_mapping"].grid]
+    grid = [size if isinstance(size, int) else 1 for size in mapping.grid]
     reader = _Reader(grid)
     program = equation.params["jaxpr"]
     program = getattr(program, "jaxpr", program)
     reader.run(program, [None] * len(program.invars), np.ones(math.prod(grid)))
+    sizes = [(_block_bytes(block), _moves(block, grid)) for block in mapping.block_mappings]
     return KernelWork(
-        name=equation.params["name"], turns=tuple(reader.turns), products=reader.products, times=times
+        name=equation.params["name"],
+        turns=tuple(reader.turns),
+        shares=tuple(reader.shares),
+        products=reader.products,
+        places=math.prod(grid),
+        blocks=float(sum(size * math.prod(grid) for size, _ in sizes)),
+        moved=float(sum(size * moves for size, moves in sizes)),
+        times=times,
     )
+
+
+def _block_bytes(block: Any) -> int:
+    """Of a block that the grid's pipeline moves between HBM and VMEM; 0 of what lies elsewhere."""
+    aval = block.transformed_block_aval
+    if "any" in str(aval.memory_space) or "smem" in str(aval.memory_space) or "hbm" in str(aval.memory_space):
+        return 0
+    return math.prod(aval.shape) * aval.dtype.itemsize
+
+
+def _moves(block: Any, grid: list[int]) -> int:
+    """At how many places of the grid a block is another than before; at all, if nobody knows."""
+    places = math.prod(grid)
+    reader = _Reader(grid)
+    program = block.index_map_jaxpr.jaxpr
+    arguments = [*reader.places, *[None] * (len(program.invars) - len(grid))]
+    index = reader.run(program, arguments, np.ones(places))
+    if places == 0 or any(number is None for number in index):
+        return places
+    index = np.stack([np.broadcast_to(number, places) for number in index])
+    return 1 + int(np.count_nonzero(np.any(index[:, 1:] != index[:, :-1], axis=0)))
 
 
 class _Reader:
     """Follows the whole numbers of a kernel through all places of its grid; None is what is not known."""
 
     def __init__(self, grid: list[int]):
-        self._places = np.indices(grid).reshape(len(grid), math.prod(grid))
+        self.places = np.indices(grid).reshape(len(grid), math.prod(grid))
         self._grid = grid
         self.turns: list[float] = []
+        self.shares: list[float] = []
         self.products = 0.0
+        self._loop_runs = np.ones(math.prod(grid))
 
     def run(self, program: Any, arguments: list[Any], runs: np.ndarray) -> list[Any]:
         """Return the results; `runs` [P] is how often the program runs at each place."""
@@ -120,7 +192,7 @@ class _Reader:
             name, inputs = equation.primitive.name, [value(atom) for atom in equation.invars]
             results = [None] * len(equation.outvars)
             if name == "program_id":
-                results = [self._places[equation.params["axis"]]]
+                results = [self.places[equation.params["axis"]]]
             elif name == "num_programs":
                 results = [np.asarray(self._grid[equation.params["axis"]])]
             elif name == "dot_general":
@@ -153,12 +225,29 @@ class _Reader:
         constants = inputs[equation.params["cond_nconsts"] : start]
         inner = getattr(body, "jaxpr", body)
         rest = [None] * (len(inner.invars) - len(constants))
+        around, self._loop_runs = self._loop_runs, runs * turns
         self.run(inner, [*constants, *rest], runs * turns)
+        self._loop_runs = around
 
     def _branch(self, equation: Any, inputs: list[Any], runs: np.ndarray) -> None:
         for number, branch in enumerate(equation.params["branches"]):
+            branch = getattr(branch, "jaxpr", branch)
             taken = runs if inputs[0] is None else runs * (inputs[0] == number)
-            self.run(getattr(branch, "jaxpr", branch), inputs[1:], taken)
+            if _multiplies(branch):
+                self.shares.append(float(np.sum(taken) / max(1.0, np.sum(self._loop_runs))))
+            self.run(branch, inputs[1:], taken)
+
+
+def _multiplies(program: Any) -> bool:
+    """Whether it has a matrix product that is in no loop and no other branch."""
+    return any(
+        equation.primitive.name == "dot_general"
+        or (
+            equation.primitive.name not in ("while", "scan", "cond")
+            and any(_multiplies(inner) for inner in _inner(equation))
+        )
+        for equation in program.eqns
+    )
 
 
 def _is_whole(*atoms: Any) -> bool:

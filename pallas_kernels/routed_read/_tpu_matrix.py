@@ -26,9 +26,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.routed_read._tpu_pairs import Plan
 
 # Rows that are multiplied by a state together.
-_ROWS = 128
+ROWS = 128
 # Rows that are copied in a turn of a loop.
-_UNROLLED = 8
+UNROLLED = 8
 # Tokens that are weighed in a turn of a loop.
 _TOKENS = 128
 _SUBLANES = 8
@@ -53,8 +53,8 @@ def read(
         scratch_shapes=[
             pltpu.VMEM((plan.length, key_dim), jnp.float32),
             pltpu.VMEM((plan.rows, value_dim), jnp.float32),
-            pltpu.VMEM((_ROWS, key_dim), jnp.float32),
-            pltpu.VMEM((_ROWS, value_dim), jnp.float32),
+            pltpu.VMEM((ROWS, key_dim), jnp.float32),
+            pltpu.VMEM((ROWS, value_dim), jnp.float32),
             pltpu.VMEM((_PLACES, plan.group, key_dim, value_dim), q.dtype),
             pltpu.SemaphoreType.DMA((_PLACES,)),
         ],
@@ -156,8 +156,8 @@ def read_bar(
         scratch_shapes=[
             pltpu.VMEM((plan.length, value_dim), jnp.float32),
             pltpu.VMEM((plan.rows, key_dim), jnp.float32),
-            pltpu.VMEM((_ROWS, key_dim), jnp.float32),
-            pltpu.VMEM((_ROWS, value_dim), jnp.float32),
+            pltpu.VMEM((ROWS, key_dim), jnp.float32),
+            pltpu.VMEM((ROWS, value_dim), jnp.float32),
             pltpu.VMEM((_PLACES, *matrices), q.dtype),
             pltpu.VMEM((_PLACES_BAR, *matrices), jnp.float32),
             pltpu.SemaphoreType.DMA((_PLACES,)),
@@ -244,7 +244,7 @@ def _read_bar_kernel(
                 return [(rows_RK, row, pairs_PK, pair), (rows_RV, row, wide_CV, _token(pair, plan))]
 
             _for_rows(list_L, first, count, gather)
-            there = jax.lax.broadcasted_iota(jnp.int32, (_ROWS, 1), 0) < count
+            there = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0) < count
             weighed, out_bar = (jnp.where(there, rows[...], 0.0).astype(dtype) for rows in (rows_RK, rows_RV))
             sums_GKV[state] += _product(weighed, out_bar, 0, 0)
             rows_RK[...] = _product(out_bar, states_GKV[state], 1, 1)
@@ -308,10 +308,10 @@ def _for_blocks(plan: Plan, list_L, group, visit):
         start, end = list_L[number], list_L[number + 1]
 
         def block_turn(block, _):
-            first = start + block * _ROWS
-            visit(state, plan.heading + first, jnp.minimum(end - first, _ROWS))
+            first = start + block * ROWS
+            visit(state, plan.heading + first, jnp.minimum(end - first, ROWS))
 
-        jax.lax.fori_loop(0, pl.cdiv(end - start, _ROWS), block_turn, None)
+        jax.lax.fori_loop(0, pl.cdiv(end - start, ROWS), block_turn, None)
 
     jax.lax.fori_loop(0, plan.group, state_turn, None)
 
@@ -328,9 +328,9 @@ def _for_rows(list_L, first, count, copy):
         for (target, at, _, _), value in zip(copies, loaded, strict=True):
             target[pl.ds(at, 1)] = value
 
-    whole = jax.lax.div(count, _UNROLLED)
-    jax.lax.fori_loop(0, whole, lambda i, _: turn(pl.multiple_of(i * _UNROLLED, _UNROLLED), _UNROLLED), None)
-    jax.lax.fori_loop(whole * _UNROLLED, count, lambda row, _: turn(row, 1), None)
+    whole = jax.lax.div(count, UNROLLED)
+    jax.lax.fori_loop(0, whole, lambda i, _: turn(pl.multiple_of(i * UNROLLED, UNROLLED), UNROLLED), None)
+    jax.lax.fori_loop(whole * UNROLLED, count, lambda row, _: turn(row, 1), None)
 
 
 def _token(pair, plan: Plan):

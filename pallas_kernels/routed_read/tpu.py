@@ -20,14 +20,14 @@ _GROUP = 4
 
 def fits(q: jax.Array, choices: int, states: Weights) -> bool:
     """Whether there is a kernel for these arguments: of matrices, and not of too many."""
-    return not isinstance(states, tuple) and _plan(q, choices, states) is not None
+    return not isinstance(states, tuple) and plan_of(q, choices, states) is not None
 
 
 def routed_state_read(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
     """See `pallas_kernels.routed_read.routed_state_read`; shapes as there."""
     if isinstance(states, tuple):
         raise ValueError("states that are MLPs have no kernel for TPUs; leave implementation out")
-    plan = _plan(q, indices.shape[3], states)
+    plan = plan_of(q, indices.shape[3], states)
     if plan is None:
         raise ValueError(
             f"{states.shape[1]} states of {states.shape[3:]} do not fit a TPU's kernel; "
@@ -38,7 +38,8 @@ def routed_state_read(q: jax.Array, gates: jax.Array, indices: jax.Array, states
     return _read(q, gates.astype(jnp.float32), _tpu_pairs.lists(indices, plan), states, plan)
 
 
-def _plan(q, choices, states):
+def plan_of(q: jax.Array, choices: int, states: jax.Array) -> _tpu_pairs.Plan | None:
+    """Return how the kernel cuts a read of matrices on the chip at hand; None where there is no kernel."""
     return _tpu_pairs.fit(q, choices, states, group=_GROUP, vmem=vmem_bytes())
 
 

@@ -108,7 +108,9 @@ def fit(
     """
     group = min(group, states)
     groups = pl.cdiv(states, group)
-    tiles = pl.cdiv(groups, max(1, int(most // group)))
+    fewest = pl.cdiv(groups, max(1, int(most // group)))
+    # Gates and states are padded to whole tiles, which copies them: rather a few tiles more.
+    tiles = next((n for n in range(fewest, min(2 * fewest, groups + 1)) if groups % n == 0), fewest)
     blocks = pl.cdiv(tokens, length)
     pieces = 1 if piece is None else pl.cdiv(blocks, max(1, piece // length))
     blocks = pl.cdiv(blocks, pieces)

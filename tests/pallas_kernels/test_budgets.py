@@ -13,6 +13,10 @@ BUDGETS = json.loads((ROOT / "pallas_kernels/budgets.json").read_text())
 SLACK = 1.05
 
 
+def ops_on_record(chip: str) -> list[str]:
+    return sorted({kernel.rpartition(": ")[0] for kernel in BUDGETS[chip]})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", BUDGETS)
 def test_every_kernel_is_within_its_budget(chip):
@@ -20,7 +24,9 @@ def test_every_kernel_is_within_its_budget(chip):
         pytest.skip("libtpu, which compiles for TPUs, is not installed: uv sync --group aot")
     # A process of its own: libtpu is told once, before it starts, to write schedules.
     program = [sys.executable, str(ROOT / "scripts/_bench_kernels.py"), "--bundles", chip]
-    run = subprocess.run(program, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [*program, "--ops", *ops_on_record(chip)], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
     advice = "is it meant? then record it and say why: scripts/bench_kernels --record"

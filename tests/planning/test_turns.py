@@ -1,4 +1,4 @@
-"""Loops that a kernel decides while it runs turn as often as their bounds say, place by place of the grid."""
+"""What a kernel decides while it runs is counted by its bounds and conditions, place by place of the grid."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from mc_jax.planning.turns import kernel_works, turns_of
+from mc_jax.planning.turns import counts_of, kernel_works
 
 
 def _kernel(x_ref, y_ref):
@@ -48,7 +48,49 @@ def test_turns_are_means_over_the_grid(works):
     (work,) = works
     # 0, 1, 1, 2 turns at the four blocks; then 3 at the last alone; a loop of five turns the compiler knows.
     assert work.turns == (1.0, 0.75)
-    assert list(itertools.islice(turns_of(works)("visits"), 3)) == [1.0, 0.75, 1.0]
+    assert list(itertools.islice(counts_of(works)("visits").each_turns(), 3)) == [1.0, 0.75, 1.0]
+
+
+def test_branches_with_products_run_at_a_share_of_the_places():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = jnp.zeros_like(y_ref)
+
+        @pl.when(pl.program_id(0) >= 1)
+        def _():
+            y_ref[...] += jnp.dot(x_ref[...], x_ref[...], preferred_element_type=jnp.float32)
+
+        @pl.when(pl.program_id(0) == 0)  # without a product
+        def _():
+            y_ref[...] += 1.0
+
+    (work,) = _works(kernel, (4,), lambda i: (0, 0), lambda i: (i, 0))
+    assert work.shares == (0.75,)
+    assert work.products == 3 * 2 * 8**3
+
+
+def test_blocks_that_stay_are_not_moved_again():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    # x comes for i = 0 and 1, and stays for all j; y is another block at each place.
+    (work,) = _works(kernel, (2, 3), lambda i, j: (i, 0), lambda i, j: (3 * i + j, 0))
+    block = 8 * 8 * 4
+    assert work.places == 6
+    assert work.blocks == 12 * block
+    assert work.moved == (2 + 6) * block
+
+
+def _works(kernel, grid, index_x, index_y):
+    call = pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=jax.ShapeDtypeStruct((64, 8), jnp.float32),
+        in_specs=[pl.BlockSpec((8, 8), index_x)],
+        out_specs=pl.BlockSpec((8, 8), index_y),
+        name="visits",
+    )
+    x = jax.ShapeDtypeStruct((64, 8), jnp.float32)
+    return list(kernel_works(jax.jit(call).trace(x).jaxpr.jaxpr))
 
 
 def test_products_count_the_turns_and_calls_the_layers(works):
