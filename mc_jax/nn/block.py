@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mc_jax import caching
 from mc_jax.config import LayerKind, ModelConfig
 from mc_jax.nn.attention import Attention
 from mc_jax.nn.mixer import Dtype, MemoryCaching
 from mc_jax.nn.norm import RMSNorm
+from pallas_kernels._platform import on_tpu
 
 
 class SwiGLU(nnx.Module):
@@ -23,7 +25,8 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [..., D] to [..., D]."""
-        return self.output(nnx.silu(self.gate(x)) * self.input(x))
+        gate, inputs = _with_gradient_by_rows(self.gate(x)), _with_gradient_by_rows(self.input(x))
+        return self.output(nnx.silu(gate) * inputs)
 
 
 class Block(nnx.Module):
@@ -61,6 +64,23 @@ class Block(nnx.Module):
         mixed, kept = mix(self.mixer_norm(x))
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), kept
+
+
+@jax.custom_vjp
+def _with_gradient_by_rows(x: jax.Array) -> jax.Array:
+    """X itself, whose gradient a TPU's memory holds with features side by side.
+
+    Left alone, the compiler for a v6e lays it out the other way round, and copies gate and input, which are
+    kept as they were made, to match: a quarter of the MLP's cycles.
+    """
+    return x
+
+
+def _by_rows(bar: jax.Array) -> jax.Array:
+    return with_layout_constraint(bar, Layout(tuple(range(bar.ndim)))) if on_tpu(bar) else bar
+
+
+_with_gradient_by_rows.defvjp(lambda x: (x, None), lambda _, bar: (_by_rows(bar),))
 
 
 def _mixer(config: ModelConfig, kind: LayerKind, dtype: Dtype, rngs: nnx.Rngs) -> MemoryCaching | Attention:

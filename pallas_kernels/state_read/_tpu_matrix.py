@@ -11,6 +11,7 @@ Shapes: R blocks of a piece; the rest in `_tpu_tiling`.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ def _room(least: int, share: float) -> int:
     return max(least, int(share * (vmem_bytes() or 0)))
 
 
-def _parameters(*semantics: str) -> pltpu.CompilerParams:
+def _parameters(*semantics: Any) -> pltpu.CompilerParams:
     vmem = vmem_bytes()
     return pltpu.CompilerParams(
         dimension_semantics=semantics, vmem_limit_bytes=None if vmem is None else int(0.95 * vmem)
