@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import chunk_memory, decode_step, deep_memory, gated_state_read, routed_state_read
+from pallas_kernels import (
+    chunk_memory,
+    decode_step,
+    deep_memory,
+    gated_state_read,
+    routed_state_read,
+    short_convolution,
+)
 from pallas_kernels._state import OnlineState
 from pallas_kernels.routed_read._tpu_matrix import ROWS, UNROLLED
 from pallas_kernels.routed_read.tpu import plan_of
@@ -264,6 +271,31 @@ def mlp_memory(objective: str, tokens: int, *, batch: int = 4) -> Case:
     )
 
 
+def convolution(tokens: int, *, batch: int = 4) -> Case:
+    """Queries of what a map returns; it has no matrix products, and memory is its bound."""
+
+    def op(x, taps, document_ids, *, implementation):
+        return short_convolution(
+            x,
+            taps,
+            heads=_HEADS,
+            normalize=True,
+            document_ids=document_ids,
+            implementation=implementation,
+        )
+
+    return Case(
+        op=op,
+        shapes=(
+            array(batch, tokens, _HEADS * _DIM),
+            array(4, _HEADS * _DIM, dtype=jnp.float32),
+            array(batch, tokens, dtype=jnp.int32),
+        ),
+        token_heads=batch * tokens * _HEADS,
+        products=0,
+    )
+
+
 CASES = {
     "chunk_memory, delta": functools.partial(matrix_memory, "delta"),
     "chunk_memory, linear": functools.partial(matrix_memory, "linear"),
@@ -275,4 +307,5 @@ CASES = {
     "gated_state_read": state_read,
     "gated_state_read, MLP": mlp_state_read,
     "routed_state_read": sparse_read,
+    "short_convolution": convolution,
 }

@@ -107,8 +107,8 @@ writes this page; one line of it is, for example,
 mc-jax plan paper-1.3b-linear-gated --topology v5p:4x4x4
 ```
 
-The recipe's batch is 128 rows, two for each of 64 chips. On 16 chips the table has as many a chip. What 16, 64
-and 256 chips of a v5p differ in is what weak scaling loses.
+The recipe's batch is 128 rows, two for each of 64 chips. On 16 chips the table has as many a chip. What 16,
+64 and 256 chips of a v5p differ in is what weak scaling loses.
 
 | model, topology | rows a chip | remat | HBM, GB | step, s | tokens/s a chip | MFU, % | commit |
 |---|---|---|---|---|---|---|---|
