@@ -45,6 +45,11 @@ def cores() -> int:
     return pltpu.get_tpu_info().num_cores if platform() == "tpu" else 1
 
 
+def has_sparse_cores() -> bool:
+    """Whether a TPU has cores beside those that compute, which can send meanwhile."""
+    return platform() == "tpu" and pltpu.get_tpu_info().sparse_core is not None
+
+
 def on_tpu(x: jax.Array) -> bool:
     """Whether what is made of x may be a TPU's kernel; no TPU has float64."""
     return platform() == "tpu" and x.dtype != jnp.float64

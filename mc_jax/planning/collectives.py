@@ -56,14 +56,18 @@ def collectives(
     found: dict[Collective, int] = {}
     for operation in operations:
         if operation.collective is not None:
-            one = read_collective(operation.collective, mesh, chip, topology)
+            one = read_collective(operation, mesh, chip, topology)
             found[one] = found.get(one, 0) + operation.times
     counted = [dataclasses.replace(one, times=times) for one, times in found.items()]
     return tuple(sorted(counted, key=lambda one: -one.times * one.seconds))
 
 
-def read_collective(line: str, mesh: jax.sharding.Mesh, chip: Chip, topology: Topology) -> Collective:
-    """Return what a line of a program's text sends, once."""
+def read_collective(
+    operation: Operation, mesh: jax.sharding.Mesh, chip: Chip, topology: Topology
+) -> Collective:
+    """Return what an operation sends, once."""
+    line = operation.collective
+    assert line is not None
     kind = _KIND.search(line)
     assert kind is not None, line
     name, starts = kind[1], kind[2] is not None
@@ -83,7 +87,7 @@ def read_collective(line: str, mesh: jax.sharding.Mesh, chip: Chip, topology: To
         chips=len(group),
         bytes=size,
         times=1,
-        overlaps=starts,
+        overlaps=operation.overlaps,
         seconds=seconds_of(name, size, devices, chip, topology),
     )
 

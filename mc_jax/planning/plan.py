@@ -12,7 +12,7 @@ from mc_jax.config import Config, validate
 from mc_jax.parallel import AXES, make_mesh, must_fit, spec
 from mc_jax.parallel.mesh import filled
 from mc_jax.planning.chips import CHIPS, GPUS
-from mc_jax.planning.collectives import Collective, collectives
+from mc_jax.planning.collectives import Collective, collectives, read_collective
 from mc_jax.planning.cost import forget_schedules, has_schedules, keep_schedules, kernels_of
 from mc_jax.planning.formulas import Flops, flops_of
 from mc_jax.planning.memory import (
@@ -131,6 +131,7 @@ def plan(
                 found,
                 kernels_of(found, counts_of(works)),
                 sent,
+                lambda one: read_collective(one, mesh, chip, where),
                 chip,
                 chips=mesh.size,
                 tokens=flops.tokens,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from mc_jax.planning._products import products_of
+from mc_jax.planning._sendings import Sendings, runs_of, sends
 
 _HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-<>]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<kind>[a-z][a-z0-9\-]*)\(")
@@ -18,7 +19,6 @@ _SOURCE = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _ROW = re.compile(r'^(\d+) (?:"(?P<text>[^"]*)"|\{(?P<fields>[^}]*)\})')
 _OVERFLOW = 2**62  # an estimate that overflowed is printed as some 2^63
-_COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(-start)?\(")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,10 @@ class Operation:
     """FLOPs of the matrix products in it, of one run."""
     collective: str | None = None
     """The text of the operation in it that sends to other devices, if there is one."""
+    overlaps: bool = False
+    """Whether what it sends may be under way until some later operation waits for it."""
+    waits_for: str | None = None
+    """The name of the operation before it whose sending must have come to an end."""
 
     @property
     def is_backward(self) -> bool:
@@ -77,6 +81,7 @@ class _Program:
         self._frames = _Frames(text)
 
     def operations(self, name: str, times: int) -> Iterator[Operation]:
+        sendings = Sendings(self._collective, self._is_target)
         for line in self.computations.get(name, ()):
             operation = _OPERATION.match(line)
             if operation is None:
@@ -96,6 +101,7 @@ class _Program:
                 estimate = int(cycles[1]) if cycles else 0
                 frame = _FRAME.search(line)
                 fused = _FUSED.search(line)
+                collective, overlaps, waits_for = sendings.read(operation["name"], kind, line)
                 yield Operation(
                     name=operation["name"],
                     kind=kind,
@@ -106,11 +112,9 @@ class _Program:
                     is_kernel='custom_call_target="tpu_custom_call"' in line,
                     frames=self._frames.of(int(frame[1])) if frame else (),
                     products=self._products(fused[1]) if fused else products_of(line, self._shapes(name)),
-                    collective=self._collective(fused[1])
-                    if fused
-                    else line
-                    if _COLLECTIVE.search(line)
-                    else None,
+                    collective=collective,
+                    overlaps=overlaps,
+                    waits_for=waits_for,
                 )
 
     @functools.cache  # noqa: B019 - a program lives as long as what is read off it
@@ -124,15 +128,20 @@ class _Program:
 
     @functools.cache  # noqa: B019
     def _collective(self, name: str) -> str | None:
-        """The line of a fused computation that sends."""
+        """The line of a computation that sends."""
         for line in self.computations.get(name, ()):
-            fused = _FUSED.search(line)
-            found = self._collective(fused[1]) if fused else line if _COLLECTIVE.search(line) else None
+            runs = runs_of(line)
+            found = line if sends(line) else self._collective(runs) if runs else None
             if found:
                 # A sum that is divided at once is a reduce-scatter, which this compiler writes as a fusion.
                 is_divided = "scatter" in name and " all-reduce(" in found
                 return found.replace(" all-reduce(", " reduce-scatter-of(") if is_divided else found
         return None
+
+    @functools.cache  # noqa: B019
+    def _is_target(self, name: str, target: str) -> bool:
+        """Whether a computation calls this of the compiler's own functions."""
+        return any(f'custom_call_target="{target}"' in line for line in self.computations.get(name, ()))
 
     @functools.cache  # noqa: B019
     def _shapes(self, name: str) -> dict[str, str]:

@@ -17,9 +17,8 @@ _GROUPS = 16
 _COLLECTIVES = 12
 _CAVEATS = (
     "Estimates of the compiler for one chip: no chip has run this. What streams from HBM is charged at "
-    "some 40 % of the peak. Conditionals count with all branches; operations on SparseCores and copies in "
-    "the background count nothing. Least: communication hides behind computing, or computing behind "
-    "communication; most: nothing overlaps."
+    "some 40 % of the peak. Conditionals count with all branches; copies in the background count nothing. "
+    "What is sent is under way from where the program begins it to where it waits for it, one after another."
 )
 
 
@@ -174,11 +173,10 @@ def _speed(plan: Plan, speed: Speed) -> Table:
     table.add_row("communication", f"{1e3 * speed.communication_seconds:,.2f} ms")
     table.add_row("  of it beside other work", f"{1e3 * speed.overlapping_seconds:,.2f} ms")
     table.add_section()
-    table.add_row("step, least to most", _times(plan))
+    table.add_row("step", _times(plan))
+    table.add_row("  if all communication overlapped, or none", _range(plan))
     table.add_row("tokens/s", _tokens(plan))
-    table.add_row(
-        "tokens/s of a chip", " to ".join(f"{x / plan.chips:,.0f}" for x in reversed(speed.tokens_per_second))
-    )
+    table.add_row("tokens/s of a chip", f"{speed.tokens_per_second / plan.chips:,.0f}")
     table.add_row("MFU", _mfu(plan))
     return _right(table)
 
@@ -218,23 +216,21 @@ def _share(cycles: float, speed: Speed) -> float:
 
 
 def _times(plan: Plan) -> str:
+    return "-" if plan.speed is None else f"{1e3 * plan.speed.seconds:,.1f} ms"
+
+
+def _range(plan: Plan) -> str:
     if plan.speed is None:
         return "-"
     return f"{1e3 * plan.speed.least_seconds:,.1f} to {1e3 * plan.speed.most_seconds:,.1f} ms"
 
 
 def _tokens(plan: Plan) -> str:
-    return (
-        "-"
-        if plan.speed is None
-        else " to ".join(f"{x:,.0f}" for x in reversed(plan.speed.tokens_per_second))
-    )
+    return "-" if plan.speed is None else f"{plan.speed.tokens_per_second:,.0f}"
 
 
 def _mfu(plan: Plan) -> str:
-    return (
-        "-" if plan.speed is None else " to ".join(f"{100 * x:.1f}" for x in reversed(plan.speed.mfu)) + " %"
-    )
+    return "-" if plan.speed is None else f"{100 * plan.speed.mfu:.1f} %"
 
 
 def _gb(size: float) -> str:
@@ -252,7 +248,8 @@ _ROWS = (
     ("MFLOP a token, by formula", lambda p: f"{p.flops.token / 1e6:,.1f}"),
     ("computing", lambda p: "-" if p.speed is None else f"{1e3 * p.speed.compute_seconds:,.1f} ms"),
     ("communication", lambda p: "-" if p.speed is None else f"{1e3 * p.speed.communication_seconds:,.1f} ms"),
-    ("step, least to most", _times),
+    ("step", _times),
+    ("  if all communication overlapped, or none", _range),
     ("tokens/s", _tokens),
     ("MFU", _mfu),
     ("dearest", lambda p: "-" if p.speed is None else f"{p.speed.groups[0].part}: {p.speed.groups[0].work}"),

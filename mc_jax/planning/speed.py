@@ -1,7 +1,7 @@
 """How long a compiled step takes, by its compiler's estimates: no chip has run it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mc_jax.planning.chips import Chip
 from mc_jax.planning.collectives import Collective
@@ -61,14 +61,16 @@ class Speed:
     """Of all collectives one after another, at the vendor's bandwidths."""
     overlapping_seconds: float
     """Of those among them that let other work go on."""
+    seconds: float
+    """Of a step, what is sent being under way from where the program begins it to where it waits for it."""
     least_seconds: float
-    """Of a step, if communication hides behind computing, or computing behind communication."""
+    """Of a step, if communication hid behind computing, or computing behind communication."""
     most_seconds: float
-    """Of a step, if nothing overlaps."""
-    tokens_per_second: tuple[float, float]
-    """Of all chips, at most and at least: those of the two times above."""
-    mfu: tuple[float, float]
-    """Share of the chips' peak that the FLOPs by formula make up, at most and at least."""
+    """Of a step, if nothing overlapped."""
+    tokens_per_second: float
+    """Of all chips."""
+    mfu: float
+    """Share of the chips' peak that the FLOPs by formula make up."""
     products: float
     """FLOPs of the program's matrix products on a chip, loops multiplied out, those of kernels included."""
     groups: tuple[Group, ...]
@@ -81,6 +83,7 @@ def speed_of(
     operations: Sequence[Operation],
     kernels: Sequence[Kernel],
     sent: Sequence[Collective],
+    sending: Callable[[Operation], Collective],
     chip: Chip,
     *,
     chips: int,
@@ -95,6 +98,7 @@ def speed_of(
       operations: of the program.
       kernels: likewise.
       sent: what it sends.
+      sending: what one of its operations that sends does.
       chip: where.
       chips: how many of these.
       tokens: of a step, on all chips.
@@ -106,8 +110,10 @@ def speed_of(
     groups: dict[tuple[str, str], list[float]] = {}
     single: dict[str, Dear] = {}
     xla = kernel_cycles = 0.0
+    clock = _Clock()
     for one in operations:
         cycles = one.times * (per_call[one.name] if one.is_kernel else one.cycles)
+        clock.run(one, cycles / chip.clock, one.times * sending(one).seconds if one.collective else 0.0)
         if not cycles:
             continue
         if one.is_kernel:
@@ -127,17 +133,17 @@ def speed_of(
         )
     compute = (xla + kernel_cycles) / chip.clock
     communication = sum(one.times * one.seconds for one in sent)
-    least, most = max(compute, communication), compute + communication
     return Speed(
         xla_cycles=xla,
         kernel_cycles=kernel_cycles,
         compute_seconds=compute,
         communication_seconds=communication,
         overlapping_seconds=sum(one.times * one.seconds for one in sent if one.overlaps),
-        least_seconds=least,
-        most_seconds=most,
-        tokens_per_second=(tokens / least, tokens / most),
-        mfu=(flops / chips / chip.flops / least, flops / chips / chip.flops / most),
+        seconds=clock.now,
+        least_seconds=max(compute, communication),
+        most_seconds=compute + communication,
+        tokens_per_second=tokens / clock.now,
+        mfu=flops / chips / chip.flops / clock.now,
         products=kernel_products + sum(one.times * one.products for one in operations),
         groups=tuple(
             sorted(
@@ -147,3 +153,29 @@ def speed_of(
         ),
         dearest=tuple(sorted(single.values(), key=lambda one: -one.cycles)[:dearest]),
     )
+
+
+class _Clock:
+    """Time as operations run one after another, and one sending after another beside them.
+
+    All turns of a loop are one here, as much longer: what a turn begins to send it waits for, too.
+    """
+
+    def __init__(self):
+        self.now = 0.0
+        self._sent = 0.0
+        """When the links will be free."""
+        self._ends: dict[str, float] = {}
+        """Of what is under way, by the operation that began it."""
+
+    def run(self, operation: Operation, computing: float, sending: float) -> None:
+        """Let an operation run, which computes and sends for so many seconds."""
+        self.now += computing
+        if operation.collective:
+            self._sent = max(self.now, self._sent) + sending
+            if operation.overlaps:
+                self._ends[operation.name] = self._sent
+            else:
+                self.now = self._sent
+        if operation.waits_for:
+            self.now = max(self.now, self._ends.get(operation.waits_for, 0.0))

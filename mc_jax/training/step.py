@@ -13,6 +13,7 @@ from flax import nnx
 
 from mc_jax.config import Remat
 from mc_jax.parallel import constrain
+from mc_jax.parallel.compiler import compiler_options
 from mc_jax.parallel.cross_entropy import cross_entropy
 from mc_jax.parallel.parameters import constrain_tree
 
@@ -64,9 +65,9 @@ def make_step(
     accumulation: int,
     remat: Remat = "none",
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The compiled step: (state, batch, learning rate, top_k=None) -> (state, {"loss", "grad_norm"}).
+    """The step, compiled for the current mesh: (state, batch, learning rate, top_k=None) -> (state, metrics).
 
-    The loss is the mean over the whole batch's tokens in nats, whatever `accumulation` (the parts that a
+    Metrics are "loss" and "grad_norm". The loss is the mean over the whole batch's tokens in nats, whatever `accumulation` (the parts that a
     batch is cut into to save memory) and `remat` (what blocks save for their gradient). The state that is
     passed in is given up to the new one.
     """
@@ -101,4 +102,4 @@ def make_step(
         # Laid out as it came, so that it can take the old one's place.
         return constrain_tree(TrainState(parameters, optimizer_state, state.step + 1)), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())

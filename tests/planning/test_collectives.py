@@ -32,7 +32,13 @@ MESH = mesh_of(1, 16, 4, (4, 4, 4))
 
 
 def read(text: str, mesh=MESH, topology=TORUS):
-    return read_collective(f"  %one = {text}, channel_id=1, metadata={{}}", mesh, V5P, topology)
+    return read_collective(sends(f"  %one = {text}, channel_id=1, metadata={{}}"), mesh, V5P, topology)
+
+
+def sends(line: str, times: int = 1) -> Operation:
+    return Operation(
+        name="x", kind="", shape="", source="", times=times, cycles=0, is_kernel=False, collective=line
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +55,6 @@ def read(text: str, mesh=MESH, topology=TORUS):
 def test_groups_are_axes_of_the_mesh(groups, axes, chips):
     one = read(f"bf16[64,512]{{1,0:T(8,128)(2,1)}} all-gather(%x), replica_groups={groups}, dimensions={{0}}")
     assert (one.kind, one.axes, one.chips, one.bytes) == ("all-gather", axes, chips, 64 * 512 * 2)
-    assert not one.overlaps
 
 
 def test_gathering_takes_what_a_chip_lacks_over_all_its_links_along_the_axis():
@@ -81,12 +86,12 @@ def test_several_arrays_are_reduced_together():
     assert one.bytes == 256 * 4 + 8 * 2 + 4
 
 
-def test_what_starts_overlaps_and_counts_its_result():
+def test_what_starts_counts_its_result():
     one = read(
         "(bf16[128,8]{0,1:T(8,128)(2,1)S(1)}, bf16[128,8]{0,1}, u32[]{:S(2)}, u32[]{:S(2)}) "
         "collective-permute-start(%x), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
     )
-    assert (one.kind, one.axes, one.bytes, one.overlaps) == ("collective-permute", ("tensor",), 2048, True)
+    assert (one.kind, one.axes, one.bytes) == ("collective-permute", ("tensor",), 2048)
 
 
 def test_between_slices_the_network_is_what_it_takes():
@@ -99,9 +104,6 @@ def test_between_slices_the_network_is_what_it_takes():
 
 
 def test_equal_ones_are_counted_together():
-    line = "%x = f32[8]{0} all-gather(%y), replica_groups=[16,4]<=[64]"
-    one = Operation(
-        name="x", kind="all-gather", shape="", source="", times=18, cycles=0, is_kernel=False, collective=line
-    )
+    one = sends("%x = f32[8]{0} all-gather(%y), replica_groups=[16,4]<=[64]", times=18)
     (found,) = collectives([one, one], MESH, V5P, TORUS)
     assert found.times == 36

@@ -61,8 +61,8 @@ def test_a_recipe_is_planned_for_tpus_from_the_command_line(recipe):
         memory["parts"]["weights"] > found["parameters_total"]
     ), "small parameters are whole on all chips"
     assert speed["is_estimate"]
-    assert speed["least_seconds"] < speed["most_seconds"]
-    assert 0 < speed["mfu"][1] < speed["mfu"][0] < 1
+    assert speed["least_seconds"] <= speed["seconds"] <= speed["most_seconds"]
+    assert 0 < speed["mfu"] < 1
     assert {axis for one in found["collectives"] for axis in one["axes"]} == {"fsdp"}
     kernels = {group["work"] for group in speed["groups"] if group["work"].startswith("kernel")}
     assert {"kernel linear_memory", "kernel state_read"} <= kernels
