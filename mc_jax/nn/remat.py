@@ -21,8 +21,8 @@ def rematerialize(block: Callable[..., Any], remat: Remat, *, prevent_cse: bool)
       block: x [B, T, D] is what comes from the block before; the others are parameters and the like.
       remat: "none" saves all that the gradient wants, but not the weights that were gathered for a layer;
         "states" x, and the runs, gates and reads of memories and attention (`pallas_kernels._kept`), so that
-        these are not run again; "maps" what linear maps return as well, so that only what goes element by
-        element is; "blocks" x alone; "offload" x alone, in the host's memory.
+        these are not run again (but the runs of MLPs on a TPU); "maps" what linear maps return as well, so
+        that only what goes element by element is; "blocks" x alone; "offload" x alone, in the host's memory.
       prevent_cse: keep the compiler from undoing it; not needed in the body of a loop.
     """
     policies = jax.checkpoint_policies

@@ -2,15 +2,20 @@
 
 from pallas_kernels._platform import has_sparse_cores
 
-_OFFLOADED = ("all_gather", "all_reduce", "reduce_scatter")
+_OFFLOADED = ("all_gather", "2d_all_gather", "3d_all_gather", "all_reduce", "reduce_scatter")
 
 
-def compiler_options() -> dict[str, bool]:
+def compiler_options() -> dict[str, bool | int]:
     """Return options for `jax.jit`, for the devices of the mesh of `jax.set_mesh`.
 
-    On TPUs with SparseCores (v5p, v6e, tpu7x) these send and receive while the other cores compute, which waits
-    for every sending otherwise. A v5e, which has none, overlaps gathers unasked.
+    On TPUs with SparseCores (v5p, v6e, tpu7x) these send and receive while the other cores compute; without
+    them a step waits for all that it sends. A v5e, which has none, overlaps gathers unasked.
     """
     if not has_sparse_cores():
         return {}
-    return {f"xla_tpu_enable_sparse_core_collective_offload_{kind}": True for kind in _OFFLOADED}
+    options: dict[str, bool | int] = {
+        f"xla_tpu_enable_sparse_core_collective_offload_{kind}": True for kind in _OFFLOADED
+    }
+    # Gradients of a layer's weights are otherwise summed together: when the last is there, nothing is left
+    # to compute meanwhile.
+    return options | {"xla_tpu_sparse_core_all_reduce_offload_max_num_operands": 1}

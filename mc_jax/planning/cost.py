@@ -167,8 +167,9 @@ def kernels_of(
                 operation=name,
                 calls=times,
                 bundles=loop.cycles(count.each_turns(), count.shares),
-                # The schedule copies each block at each place, of which some stay.
-                copied=max(cores * loop.bytes(count.each_turns()) - count.blocks, 0.0) + count.moved,
+                # The schedule copies each block at each place, of which some stay, and all that is seldom.
+                copied=max(cores * loop.bytes(count.each_turns()) - count.blocks - count.seldom, 0.0)
+                + count.moved,
             )
         )
     return tuple(kernels)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels._seldom import SELDOM
+
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -57,6 +59,8 @@ class KernelWork:
     """Bytes of the blocks that pass between HBM and VMEM, if all did at each place."""
     moved: float
     """The same without those that stay from one place to the next."""
+    seldom: float
+    """Bytes of copies that the kernel says to be seldom (`pallas_kernels._seldom`), if all were made."""
     times: int
     """How often the program runs it, on a device."""
 
@@ -86,6 +90,8 @@ class Counts:
     """See `KernelWork`."""
     moved: float = 0
     """See `KernelWork`."""
+    seldom: float = 0
+    """See `KernelWork`."""
 
     def each_turns(self) -> Iterator[float]:
         """Yield the turns of each loop without an end."""
@@ -113,6 +119,7 @@ def counts_of(works: Iterable[KernelWork]) -> Callable[[str], Counts]:
             places=mean(work.places for work in found),
             blocks=mean(work.blocks for work in found),
             moved=mean(work.moved for work in found),
+            seldom=mean(work.seldom for work in found),
         )
 
     return counts
@@ -143,6 +150,7 @@ def _work(equation: Any, times: int) -> KernelWork:
         places=math.prod(grid),
         blocks=float(sum(size * math.prod(grid) for size, _ in sizes)),
         moved=float(sum(size * moves for size, moves in sizes)),
+        seldom=reader.seldom,
         times=times,
     )
 
@@ -177,6 +185,7 @@ class _Reader:
         self.turns: list[float] = []
         self.shares: list[float] = []
         self.products = 0.0
+        self.seldom = 0.0
         self._loop_runs = np.ones(math.prod(grid))
 
     def run(self, program: Any, arguments: list[Any], runs: np.ndarray) -> list[Any]:
@@ -233,6 +242,9 @@ class _Reader:
         for number, branch in enumerate(equation.params["branches"]):
             branch = getattr(branch, "jaxpr", branch)
             taken = runs if inputs[0] is None else runs * (inputs[0] == number)
+            if SELDOM in str(equation.source_info.name_stack):
+                self.seldom += float(np.sum(runs)) * _copied(branch)
+                taken = np.zeros_like(runs)
             if _multiplies(branch):
                 self.shares.append(float(np.sum(taken) / max(1.0, np.sum(self._loop_runs))))
             self.run(branch, inputs[1:], taken)
@@ -248,6 +260,17 @@ def _multiplies(program: Any) -> bool:
         )
         for equation in program.eqns
     )
+
+
+def _copied(program: Any) -> int:
+    """Bytes of the copies that a program starts; of its two ends the smaller one is what is copied."""
+    total = 0
+    for equation in program.eqns:
+        if equation.primitive.name == "dma_start":
+            ends = [atom.aval for atom in equation.invars if getattr(atom.aval, "shape", ())]
+            total += min(math.prod(end.shape) * end.dtype.itemsize for end in ends)
+        total += sum(_copied(inner) for inner in _inner(equation))
+    return total
 
 
 def _is_whole(*atoms: Any) -> bool:

@@ -67,9 +67,9 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The step, compiled for the current mesh: (state, batch, learning rate, top_k=None) -> (state, metrics).
 
-    Metrics are "loss" and "grad_norm". The loss is the mean over the whole batch's tokens in nats, whatever `accumulation` (the parts that a
-    batch is cut into to save memory) and `remat` (what blocks save for their gradient). The state that is
-    passed in is given up to the new one.
+    Metrics are "loss" and "grad_norm". The loss is the mean over the whole batch's tokens in nats, whatever
+    `accumulation` (the parts that a batch is cut into to save memory) and `remat` (what blocks save for their
+    gradient). The state that is passed in is given up to the new one.
     """
 
     def step(state: TrainState, batch: Batch, rate: jax.Array, top_k: jax.Array | None = None):

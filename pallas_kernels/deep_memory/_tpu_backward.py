@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._seldom import when_seldom
 from pallas_kernels.deep_memory._tpu_chunk import advance, chunk, decay_shares, write
 from pallas_kernels.deep_memory._tpu_layout import Cut, Specs, scratch, segment_ends
 
@@ -122,7 +123,7 @@ def _kernel(
     def _():
         jax.tree.map(_clear, (initial_bar, state_bar))
 
-    @pl.when(block == ends[2 * row])
+    @when_seldom(block == ends[2 * row])
     def _():
         # What follows gave it no gradient: nothing, or a segment that does not go on from here.
         jax.tree.map(lambda ref, bar: pltpu.sync_copy(bar.at[row, here], ref), state_bar, final_bar)
@@ -143,7 +144,7 @@ def _kernel(
         jax.tree.map(lambda ref, leaf: ref.__setitem__(0, leaf), state, after)
         if cut.documents:
 
-            @pl.when(restarted(first + c + 1))
+            @when_seldom(restarted(first + c + 1))
             def _():
                 for ref, start in zip(weights, initial, strict=True):
                     pltpu.sync_copy(start.at[row, here], ref)
@@ -155,7 +156,7 @@ def _kernel(
     jax.lax.fori_loop(0, cut.block - 1, again, None)
 
     def restart_bar(index):
-        @pl.when(restarted(index))
+        @when_seldom(restarted(index))
         def _():
             for ref, bar in zip(initial_bar, weights_bar, strict=True):
                 ref[...] += bar[...]
@@ -175,7 +176,7 @@ def _kernel(
             coefficients_bar[0, c, i : i + 1] = bar
         if anchor_bar is not None:
 
-            @pl.when(first + c == ends[2 * row + 1])
+            @when_seldom(first + c == ends[2 * row + 1])
             def _():
                 for ref, at, bar in zip(weights_bar, landing, anchor_bar, strict=True):
                     pltpu.sync_copy(bar.at[row, here], at)

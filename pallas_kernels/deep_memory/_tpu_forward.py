@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._seldom import when_seldom
 from pallas_kernels.deep_memory._tpu_chunk import chunk
 from pallas_kernels.deep_memory._tpu_layout import Cut, Specs, scratch, segment_ends
 
@@ -87,7 +88,7 @@ def _kernel(
     here = pl.ds(pl.program_id(1) * heads, heads)
 
     def restart(index):
-        @pl.when(restarts[row * cut.blocks * cut.block + index] != 0)
+        @when_seldom(restarts[row * cut.blocks * cut.block + index] != 0)
         def _():
             for ref, start in zip(weights, initial, strict=True):
                 pltpu.sync_copy(start.at[row, here], ref)
@@ -104,7 +105,7 @@ def _kernel(
             restart(first + c)
         if anchor is not None:
 
-            @pl.when(first + c == ends[2 * row + 1])
+            @when_seldom(first + c == ends[2 * row + 1])
             def _():
                 for ref, to in zip(weights, anchor, strict=True):
                     pltpu.sync_copy(ref, to.at[row, here])
@@ -126,6 +127,6 @@ def _kernel(
         for head in range(heads):
             states[1][head] = weights[1][head].T
 
-    @pl.when(block == ends[2 * row])
+    @when_seldom(block == ends[2 * row])
     def _():
         jax.tree.map(lambda ref, to: pltpu.sync_copy(ref, to.at[row, here]), state, final)

@@ -1,7 +1,8 @@
 """The MLP memory as Pallas kernels for TPUs: `_tpu_forward` and `_tpu_backward`.
 
 Products of writes have operands in q's dtype too, where the other forms compute them in float32. What is kept
-for the gradient is the state that every block of chunks starts from, in q's dtype.
+for the gradient is the state that every block of chunks starts from, in q's dtype. Under `jax.checkpoint` the
+kernel runs again: keeping its states between layers would take longer.
 
 Off a TPU the kernels run in interpret mode alone, under `pltpu.force_tpu_interpret_mode()`. They are not
 split over devices by themselves: run them in a `jax.shard_map` over batch and heads.
@@ -13,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._chunks import Grid
-from pallas_kernels._kept import keep
 from pallas_kernels._platform import vmem_bytes
 from pallas_kernels._state import OnlineState, batch_weights, select_rows, state_dtype
 from pallas_kernels.deep_memory import _tpu_backward, _tpu_forward
@@ -117,7 +117,6 @@ def _forward(cut, tokens, coefficients, initial, restarts, ends):
     branch, states, *final, kept = _tpu_forward.run(
         cut, tokens, coefficients, initial, restarts, ends, keep=True
     )
-    branch, states, kept = keep((branch, states, kept))
     return (branch, states, *final), (tokens, coefficients, initial, restarts, ends, kept)
 
 

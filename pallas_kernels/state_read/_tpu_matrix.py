@@ -11,14 +11,13 @@ Shapes: R blocks of a piece; the rest in `_tpu_tiling`.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._platform import chip, vmem_bytes
+from pallas_kernels._platform import chip
 from pallas_kernels._state import state_dtype
 from pallas_kernels.state_read import _tpu_tiling as tiles
 from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, Tiling, product
@@ -33,12 +32,7 @@ _WIDE = ("TPU v6 lite", "TPU7x")
 _GROUP = 4
 # Rows of weighed queries in one matrix product: of 16 states with 128 dims.
 _ROWS = 2048
-# In VMEM: states of a tile, loaded and (backward) written, twice since the next are on their way; queries. Of
-# a large VMEM some of it, since what is cut passes once for each cut: states for each block of tokens, gates
-# and queries for each tile, states' gradients for each piece.
-_STATES_BYTES, _STATES_SHARE = 4 << 20, 1 / 8
-_QUERIES_BYTES, _QUERIES_SHARE = 4 << 20, 1 / 4
-# The same of a forward block's queries, results and sums.
+# In VMEM: a forward block's queries, results and sums.
 _TOKENS_BYTES = 4 << 20
 
 
@@ -46,7 +40,7 @@ def read(q: jax.Array, gates: jax.Array, states: jax.Array, segment_length: int 
     """Return sum_n gates_n q M_n; shapes as in `pallas_kernels.state_read.gated_state_read`."""
     batch, tokens, heads, key_dim = q.shape
     value_dim = states.shape[4]
-    most = _room(_STATES_BYTES, _STATES_SHARE) // (2 * key_dim * value_dim * q.dtype.itemsize)
+    most = tiles.room_for_states() // (2 * key_dim * value_dim * q.dtype.itemsize)
     # States that pass for each block anew should pass seldom.
     length, weigh_in = _LENGTH if states.shape[1] <= most else 2 * _LENGTH, state_dtype(q)
     if chip() in _WIDE:
@@ -72,7 +66,7 @@ def read(q: jax.Array, gates: jax.Array, states: jax.Array, segment_length: int 
         out_specs=specs.tokens(columns),
         out_shape=jax.ShapeDtypeStruct((batch, heads, columns, tiling.tokens), q.dtype),
         scratch_shapes=[pltpu.VMEM((columns, tiling.length), state_dtype(q))],
-        compiler_params=_parameters("parallel", "parallel", "parallel", "arbitrary"),
+        compiler_params=tiles.parameters("parallel", "parallel", "parallel", "arbitrary"),
         name="state_read",
     )(
         tiles.lanes(q, tiling.tokens),
@@ -110,17 +104,6 @@ def _read_kernel(tiling: Tiling, beside, weigh_in, q_KC, gates_SGC, states_xVy, 
         out_VC[...] = sum_VC[...].astype(out_VC.dtype)
 
 
-def _room(least: int, share: float) -> int:
-    return max(least, int(share * (vmem_bytes() or 0)))
-
-
-def _parameters(*semantics: Any) -> pltpu.CompilerParams:
-    vmem = vmem_bytes()
-    return pltpu.CompilerParams(
-        dimension_semantics=semantics, vmem_limit_bytes=None if vmem is None else int(0.95 * vmem)
-    )
-
-
 def _together(tiling, key_dim):
     return max(1, min(tiling.tile, _ROWS // (tiling.group * key_dim)))
 
@@ -137,10 +120,9 @@ def read_bar(
         states=count,
         segment_length=segment_length,
         group=_GROUP,
-        most=_room(_STATES_BYTES, _STATES_SHARE)
-        // (2 * key_dim * value_dim * (q.dtype.itemsize + dtype.itemsize)),
+        most=tiles.room_for_states() // (2 * key_dim * value_dim * (q.dtype.itemsize + dtype.itemsize)),
         length=_LENGTH,
-        piece=_room(_QUERIES_BYTES, _QUERIES_SHARE) // (key_dim * dtype.itemsize),
+        piece=tiles.room_for_queries() // (key_dim * dtype.itemsize),
     )
     q_BHKT = tiles.lanes(q, tiling.tokens)
     gates_BHSGT = tiles.gate_groups(gates, tiling)
@@ -158,7 +140,7 @@ def read_bar(
             jax.ShapeDtypeStruct((tiling.pieces, *states_BNHKV.shape), dtype),
         ],
         scratch_shapes=[pltpu.VMEM((tiling.blocks, rows, tiling.length), dtype)],
-        compiler_params=_parameters("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
+        compiler_params=tiles.parameters("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
         name="state_read_backward",
     )(q_BHKT, gates_BHSGT, states_BNHKV, tiles.lanes(out_bar.astype(q.dtype), tiling.tokens))
     return (

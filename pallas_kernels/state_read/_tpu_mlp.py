@@ -19,11 +19,10 @@ from pallas_kernels._state import state_dtype
 from pallas_kernels.state_read import _tpu_tiling as tiles
 from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, Tiling, product
 
+# Tokens that go through a state at once; and of a forward block, for which states are loaded anew.
 _LENGTH = 256
+_BLOCK = 4 * _LENGTH
 _TOGETHER = 2
-# In VMEM: states of a tile, loaded and (backward) written, twice since the next are on their way; queries.
-_STATES_BYTES = 4 << 20
-_QUERIES_BYTES = 4 << 20
 
 
 def read(
@@ -33,7 +32,7 @@ def read(
     w_in, w_out = states
     batch, tokens, heads, _ = q.shape
     value_dim = w_out.shape[4]
-    tiling = _fit(q, w_in, w_out, segment_length)
+    tiling = _fit(q, w_in, w_out, segment_length, _BLOCK)
     w_in = tiles.pad_states(w_in.astype(q.dtype), tiling)
     w_out = tiles.pad_states(w_out.astype(q.dtype), tiling)
     (rows, hidden), columns = w_in.shape[3:], w_out.shape[4]
@@ -50,9 +49,7 @@ def read(
         out_specs=specs.tokens(columns),
         out_shape=jax.ShapeDtypeStruct((batch, heads, columns, tiling.tokens), q.dtype),
         scratch_shapes=[pltpu.VMEM((columns, tiling.length), state_dtype(q))],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
-        ),
+        compiler_params=tiles.parameters("parallel", "parallel", "parallel", "arbitrary"),
         name="mlp_state_read",
     )(
         tiles.lanes(q, tiling.tokens),
@@ -63,33 +60,37 @@ def read(
     return tiles.from_lanes(out_BHVT, tokens, value_dim)
 
 
-def _fit(q, w_in, w_out, segment_length, piece=None, bytes_of_number=None):
+def _fit(q, w_in, w_out, segment_length, length, piece=None, bytes_of_number=None):
     numbers = w_in.shape[3] * w_in.shape[4] + w_out.shape[3] * w_out.shape[4]
     return tiles.fit(
         tokens=q.shape[1],
         states=w_in.shape[1],
         segment_length=segment_length,
         group=1,
-        most=_STATES_BYTES // (2 * numbers * (bytes_of_number or q.dtype.itemsize)),
-        length=_LENGTH,
+        most=tiles.room_for_states() // (2 * numbers * (bytes_of_number or q.dtype.itemsize)),
+        length=length,
         piece=piece,
     )
 
 
 def _read_kernel(tiling: Tiling, q_KC, gates_SGC, w_in_SEK, w_out_SVE, out_VC, sum_VC):
     block, tile = pl.program_id(2), pl.program_id(3)
-    q = q_KC[...]
 
     @pl.when(tile == 0)
     def _():
         sum_VC[...] = jnp.zeros_like(sum_VC)
 
-    def visit(first, count):
+    def visit(columns, first, count):
+        q = q_KC[:, columns]
         for state in range(count):
-            hidden = gates_SGC[first + state] * gelu(product(w_in_SEK[first + state], q))
-            sum_VC[...] += product(w_out_SVE[first + state], hidden.astype(q.dtype))
+            gate = gates_SGC[first + state, :, columns]
+            hidden = gate * gelu(product(w_in_SEK[first + state], q))
+            sum_VC[:, columns] += product(w_out_SVE[first + state], hidden.astype(q.dtype))
 
-    tiles.for_groups(tiling.groups_read_of(block, tile), visit, _TOGETHER)
+    for start in range(0, tiling.length, _LENGTH):
+        stop = min(start + _LENGTH, tiling.length)
+        count = tiling.groups_read_of(block, tile, stop)
+        tiles.for_groups(count, functools.partial(visit, slice(start, stop)), _TOGETHER)
 
     @pl.when(tile == tiling.tiles - 1)
     def _():
@@ -111,13 +112,14 @@ def read_bar(
     # W_in is loaded twice, transposed as well.
     bytes_of_number = 1.5 * q.dtype.itemsize + dtype.itemsize
     # A state alone may be larger than a tile should be; then less is left for queries.
-    is_large = 2 * (key_dim + value_dim) * hidden_dim * bytes_of_number > _STATES_BYTES
-    queries_bytes = _QUERIES_BYTES // 2 if is_large else _QUERIES_BYTES
+    excess = 2 * (key_dim + value_dim) * hidden_dim * bytes_of_number - tiles.room_for_states()
+    queries_bytes = max(tiles.room_for_queries() - max(0, round(excess)), tiles.room_for_queries() // 2)
     tiling = _fit(
         q,
         w_in,
         w_out,
         segment_length,
+        _LENGTH,
         piece=queries_bytes // (key_dim * dtype.itemsize),
         bytes_of_number=bytes_of_number,
     )
@@ -151,9 +153,7 @@ def read_bar(
             jax.ShapeDtypeStruct((tiling.pieces, *w_out.shape), dtype),
         ],
         scratch_shapes=[pltpu.VMEM((tiling.blocks, rows, tiling.length), dtype)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary")
-        ),
+        compiler_params=tiles.parameters("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
         name="mlp_state_read_backward",
     )(
         q_BHKT,

@@ -10,16 +10,24 @@ S groups of states, G states of a group.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._platform import vmem_bytes
 from pallas_kernels._state import state_dtype
 
 _LANES = 128
 # A bfloat16 register has 16 sublanes: dims are padded to that, so that groups of states lie side by side.
 _SUBLANES = 16
+# In VMEM: states of a tile, loaded and (backward) written, twice since the next are on their way; queries. Of
+# a large VMEM some of it, since what is cut passes once for each cut: states for each block of tokens, gates
+# and queries for each tile, states' gradients for each piece.
+_STATES_BYTES, _STATES_SHARE = 4 << 20, 1 / 8
+_QUERIES_BYTES, _QUERIES_SHARE = 4 << 20, 1 / 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,21 +61,24 @@ class Tiling:
         """Groups in all, padding included."""
         return self.tiles * self.tile
 
-    def groups_read(self, block):
-        """Return how many groups, counted from the first, some token of a block reads."""
+    def groups_read(self, block, stop: int | None = None):
+        """Return how many groups, counted from the first, some token of a block reads.
+
+        Of its first `stop` tokens, if that is given.
+        """
         groups = pl.cdiv(self.states, self.group)
         if self.segment_length is None:
             return groups
-        last = (block + 1) * self.length - 1
+        last = block * self.length + (stop or self.length) - 1
         return jnp.minimum(groups, _ceil(_floor(last, self.segment_length), self.group))
 
-    def groups_read_of(self, block, tile):
-        """Return how many groups of a tile, counted from its first, some token of a block reads."""
+    def groups_read_of(self, block, tile, stop: int | None = None):
+        """Return how many groups of a tile, counted from its first, `groups_read` are."""
         if self.tiles == 1:
-            return self.groups_read(block)
+            return self.groups_read(block, stop)
         if self.segment_length is None and pl.cdiv(self.states, self.group) == self.groups:
             return self.tile
-        return jnp.clip(self.groups_read(block) - tile * self.tile, 0, self.tile)
+        return jnp.clip(self.groups_read(block, stop) - tile * self.tile, 0, self.tile)
 
     def tile_read(self, block, tile):
         """Return the tile, or the last that the block reads: the tiles after it are then not loaded."""
@@ -83,6 +94,24 @@ class Tiling:
         first_token = (tile * self.tile * self.group + 1) * self.segment_length
         first = jnp.clip(_floor(first_token, self.length) - start, 0, self.blocks - 1)
         return start + jnp.maximum(block, first)
+
+
+def room_for_states() -> int:
+    """Return how many bytes of VMEM the states of a tile may take."""
+    return max(_STATES_BYTES, int(_STATES_SHARE * (vmem_bytes() or 0)))
+
+
+def room_for_queries() -> int:
+    """Return how many bytes of VMEM the sums of a piece's queries may take."""
+    return max(_QUERIES_BYTES, int(_QUERIES_SHARE * (vmem_bytes() or 0)))
+
+
+def parameters(*semantics: Any) -> pltpu.CompilerParams:
+    """Return a kernel's parameters, which allow it nearly all of VMEM; `semantics` are of the grid's axes."""
+    vmem = vmem_bytes()
+    return pltpu.CompilerParams(
+        dimension_semantics=semantics, vmem_limit_bytes=None if vmem is None else int(0.95 * vmem)
+    )
 
 
 def fit(

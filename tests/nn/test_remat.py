@@ -88,7 +88,8 @@ def kernels(config: ModelConfig, remat: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("memory", ["linear", "delta", "titans"])
-def test_states_runs_no_memory_twice(memory):
+def test_states_runs_no_matrix_memory_twice(memory):
+    """Of an MLP just reads are saved: its states are so large that keeping them takes longer than a run."""
     depth = {"memory_depth": 2} if memory == "titans" else {}
     sizes = {
         "model_dim": 256,
@@ -103,5 +104,6 @@ def test_states_runs_no_memory_twice(memory):
     assert count["none"][run] == 1, f"the program has {count['none']}"
     for found in count.values():  # as quick as reading what it would have saved
         del found["short_convolution"]
-    assert count["states"] == count["none"], "what is saved is computed again"
+    expected = count["none"] | ({run: 2} if memory == "titans" else {})
+    assert count["states"] == expected, "what is saved is computed again"
     assert count["blocks"][run] == 2, "nothing was saved, so it must run again"

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tpu_topology import compile_for, in_turn
 
 from pallas_kernels import gated_state_read
-from pallas_kernels.state_read import _tpu_matrix, _tpu_mlp
+from pallas_kernels.state_read import _tpu_matrix, _tpu_mlp, _tpu_tiling
 
 # RMS ratios: rounding to bfloat16 of states, of gates times queries and of results is what is allowed.
 BFLOAT16 = {"the result": 5e-3, "q": 8e-3, "gates": 2e-2, "states": 8e-3}
@@ -22,8 +22,9 @@ def small_blocks(monkeypatch):
     """Blocks, tiles and pieces so small that a short row has several of each."""
     for module in (_tpu_matrix, _tpu_mlp):
         monkeypatch.setattr(module, "_LENGTH", 128)
-        monkeypatch.setattr(module, "_STATES_BYTES", 1 << 15)
-        monkeypatch.setattr(module, "_QUERIES_BYTES", 1 << 16)
+    monkeypatch.setattr(_tpu_mlp, "_BLOCK", 256)
+    monkeypatch.setattr(_tpu_tiling, "_STATES_BYTES", 1 << 15)
+    monkeypatch.setattr(_tpu_tiling, "_QUERIES_BYTES", 1 << 16)
 
 
 def _arguments(length, states, key_dim, value_dim, *, hidden=None, batch=1, heads=1, segment_length=None):

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from mc_jax.planning.turns import counts_of, kernel_works
+from pallas_kernels._seldom import when_seldom
 
 
 def _kernel(x_ref, y_ref):
@@ -97,3 +99,31 @@ def test_products_count_the_turns_and_calls_the_layers(works):
     (work,) = works
     assert work.times == 7
     assert work.products == 2 * 8**3 * 2 * (0 + 1 + 1 + 2 + 3 + 4 * 5)
+
+
+def test_copies_that_a_kernel_says_to_be_seldom_are_not_counted():
+    def kernel(ends, x_any, y_ref):
+        @when_seldom(pl.program_id(0) == ends[0])
+        def _():
+            pltpu.sync_copy(x_any.at[0], y_ref)
+
+        @pl.when(pl.program_id(0) != ends[0])
+        def _():
+            y_ref[...] = jnp.zeros_like(y_ref)
+
+    x = jax.ShapeDtypeStruct((3, 8, 128), jnp.float32)
+    call = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(4,),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=pl.BlockSpec((8, 128), lambda i, ends: (0, 0)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        name="ends",
+    )
+    traced = jax.jit(lambda ends, x: call(ends, x)).trace(jax.ShapeDtypeStruct((1,), jnp.int32), x)
+    (work,) = kernel_works(traced.jaxpr.jaxpr)
+    assert work.seldom == 4 * 8 * 128 * 4, "at each of four places, of the smaller of the copy's two ends"
+    assert work.moved == 8 * 128 * 4, "the result alone"
