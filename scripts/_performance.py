@@ -18,8 +18,8 @@ _PAGE = _ROOT / "docs/performance.md"
 _MODELS = ("linear-gated", "linear-sparse", "titans-gated", "transformer")
 # Of 16 chips: compiling for more takes longer, and tells the same but for what is sent.
 _TARGETS = ("v5p:2x2x4", "v5e:4x4", "v6e:4x4")
-# What an MLP memory runs through is kept for the gradient by default, and is too much for these.
-_SMALL = ("v5e:4x4", "v6e:4x4")
+# What maps of a model with MLP memories return is too much to keep for these.
+_SMALL = ("v5e:4x4",)
 
 
 def _cases() -> dict[str, list[str]]:
@@ -82,13 +82,15 @@ def _row(name: str, found: dict) -> str:
     held = f"{memory['total'] / 1e9:.1f} of {memory['capacity'] / 1e9:.1f}"
     speed = plan["speed"]
     if speed is None:
-        return f"| {name} | {plan['rows']} | {plan['remat']} | {held}: does not fit | | | | {commit} |"
-    most, least = (100 * share for share in speed["mfu"])
-    fast, slow = (tokens / plan["chips"] for tokens in speed["tokens_per_second"])
+        return f"| {name} | {plan['rows']} | {plan['remat']} | {held}: does not fit | | | | | {commit} |"
+    # As the step would take if all that is sent overlapped, or nothing.
+    most, least = (
+        100 * speed["mfu"] * speed["seconds"] / speed[f"{end}_seconds"] for end in ("least", "most")
+    )
     return (
-        f"| {name} | {plan['rows']} | {plan['remat']} | {held} "
-        f"| {speed['least_seconds']:.3f} to {speed['most_seconds']:.3f} "
-        f"| {slow:,.0f} to {fast:,.0f} | {least:.1f} to {most:.1f} | {commit} |"
+        f"| {name} | {plan['rows']} | {plan['remat']} | {held} | {speed['seconds']:.3f} "
+        f"| {speed['tokens_per_second'] / plan['chips']:,.0f} | {100 * speed['mfu']:.1f} "
+        f"| {least:.1f} to {most:.1f} | {commit} |"
     )
 
 
@@ -97,8 +99,10 @@ _HEAD = """# Performance by plan
 Every figure here is an **estimate** of the TPU's compiler, made by `mc-jax plan` on a machine without a
 TPU: no chip has run any of it. HBM is what the compiled program asks for. Times are the compiler's cycles,
 where kernels enter with their schedules' bundles and what streams from HBM is charged at some 40 % of its
-peak; a range goes from "communication hides behind computing" to "nothing overlaps". MFU is FLOPs by
-formula (cached reads included, what is computed again left out) over the chips' peak.
+peak. What chips send to each other takes as long as its bytes over the vendor's bandwidth, from where the
+program begins it, and the program goes on until it waits for it; the range is what it would be if nothing
+that is sent overlapped with computing, or all. MFU is FLOPs by formula (cached reads included, what is
+computed again left out) over the chips' peak.
 
 The models have 1.3 B parameters and rows of 4,096 tokens, if nothing else is said. `scripts/performance`
 writes this page; one line of it is, for example,
@@ -110,8 +114,8 @@ mc-jax plan paper-1.3b-linear-gated --topology v5p:4x4x4
 The recipe's batch is 128 rows, two for each of 64 chips. On 16 chips the table has as many a chip. What 16,
 64 and 256 chips of a v5p differ in is what weak scaling loses.
 
-| model, topology | rows a chip | remat | HBM, GB | step, s | tokens/s a chip | MFU, % | commit |
-|---|---|---|---|---|---|---|---|
+| model, topology | rows a chip | remat | HBM, GB | step, s | tokens/s a chip | MFU, % | range | commit |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
