@@ -17,12 +17,19 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels._query import gelu
 from pallas_kernels._state import state_dtype
 from pallas_kernels.state_read import _tpu_tiling as tiles
-from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, Tiling, product
+from pallas_kernels.state_read._tpu_tiling import (
+    BackwardSpecs,
+    ForwardSpecs,
+    Tiling,
+    product,
+    product_of_rows,
+)
 
 # Tokens that go through a state at once; and of a forward block, for which states are loaded anew.
 _LENGTH = 256
-_BLOCK = 4 * _LENGTH
-_TOGETHER = 2
+_BLOCK = 8 * _LENGTH
+# States visited in one go: two of so many numbers a layer; a larger one keeps the matrix unit busy alone.
+_TOGETHER, _SMALL = 2, 1 << 16
 
 
 def read(
@@ -32,9 +39,8 @@ def read(
     w_in, w_out = states
     batch, tokens, heads, _ = q.shape
     value_dim = w_out.shape[4]
-    tiling = _fit(q, w_in, w_out, segment_length, _BLOCK)
-    w_in = tiles.pad_states(w_in.astype(q.dtype), tiling)
-    w_out = tiles.pad_states(w_out.astype(q.dtype), tiling)
+    tiling = _fit(q, w_in, w_out, segment_length, _BLOCK, _loaded_bytes(q, w_in))
+    w_in, w_out = tiles.pad_states(w_in, tiling), tiles.pad_states(w_out, tiling)
     (rows, hidden), columns = w_in.shape[3:], w_out.shape[4]
     specs = ForwardSpecs(tiling)
     out_BHVT = pl.pallas_call(
@@ -43,38 +49,70 @@ def read(
         in_specs=[
             specs.tokens(rows),
             specs.gates(),
-            specs.states(hidden, rows, 1),
-            specs.states(columns, hidden, 1),
+            specs.whole_states(rows, hidden),
+            specs.whole_states(hidden, columns),
         ],
         out_specs=specs.tokens(columns),
         out_shape=jax.ShapeDtypeStruct((batch, heads, columns, tiling.tokens), q.dtype),
-        scratch_shapes=[pltpu.VMEM((columns, tiling.length), state_dtype(q))],
+        scratch_shapes=[
+            pltpu.VMEM((columns, tiling.length), state_dtype(q)),
+            *_rounded(tiling, q, w_in, w_out),
+        ],
         compiler_params=tiles.parameters("parallel", "parallel", "parallel", "arbitrary"),
         name="mlp_state_read",
     )(
         tiles.lanes(q, tiling.tokens),
         tiles.gate_groups(gates, tiling),
-        tiles.side_by_side(w_in, 1),
-        tiles.side_by_side(w_out, 1),
+        w_in,
+        w_out,
     )
     return tiles.from_lanes(out_BHVT, tokens, value_dim)
 
 
-def _fit(q, w_in, w_out, segment_length, length, piece=None, bytes_of_number=None):
+def _together(w_in) -> int:
+    return _TOGETHER if w_in.shape[-2] * w_in.shape[-1] <= _SMALL else 1
+
+
+def _loaded_bytes(q, leaf):
+    """Of a number of a state that is loaded, twice since the next is on its way, and rounded: half of it."""
+    return leaf.dtype.itemsize + (0 if leaf.dtype == q.dtype else q.dtype.itemsize / 2)
+
+
+def _rounded(tiling: Tiling, q: jax.Array, *states: jax.Array) -> list:
+    """Return where the states of a tile lie that products can have: rounded here, XLA need not copy them."""
+    return [pltpu.VMEM((tiling.tile, *leaf.shape[3:]), q.dtype) for leaf in states if leaf.dtype != q.dtype]
+
+
+def _round(states, rounded, count) -> tuple:
+    """Round the first `count` states of a tile, and return where they lie."""
+    if not rounded:
+        return states
+
+    def turn(n, _):
+        for leaf, to in zip(states, rounded, strict=True):
+            to[n] = leaf[n].astype(to.dtype)
+
+    jax.lax.fori_loop(0, count, turn, None)
+    return tuple(rounded)
+
+
+def _fit(q, w_in, w_out, segment_length, length, bytes_of_number, piece=None):
     numbers = w_in.shape[3] * w_in.shape[4] + w_out.shape[3] * w_out.shape[4]
     return tiles.fit(
         tokens=q.shape[1],
         states=w_in.shape[1],
         segment_length=segment_length,
         group=1,
-        most=tiles.room_for_states() // (2 * numbers * (bytes_of_number or q.dtype.itemsize)),
+        most=tiles.room_for_states() // (2 * numbers * bytes_of_number),
         length=length,
         piece=piece,
     )
 
 
-def _read_kernel(tiling: Tiling, q_KC, gates_SGC, w_in_SEK, w_out_SVE, out_VC, sum_VC):
+def _read_kernel(tiling: Tiling, q_KC, gates_SGC, w_in_NKE, w_out_NEV, out_VC, sum_VC, *rounded):
     block, tile = pl.program_id(2), pl.program_id(3)
+    states = (w_in_NKE, w_out_NEV)
+    w_in_NKE, w_out_NEV = _round(states, rounded, tiling.groups_read_of(block, tile))
 
     @pl.when(tile == 0)
     def _():
@@ -84,13 +122,13 @@ def _read_kernel(tiling: Tiling, q_KC, gates_SGC, w_in_SEK, w_out_SVE, out_VC, s
         q = q_KC[:, columns]
         for state in range(count):
             gate = gates_SGC[first + state, :, columns]
-            hidden = gate * gelu(product(w_in_SEK[first + state], q))
-            sum_VC[:, columns] += product(w_out_SVE[first + state], hidden.astype(q.dtype))
+            hidden = gate * gelu(product_of_rows(w_in_NKE[first + state], q))
+            sum_VC[:, columns] += product_of_rows(w_out_NEV[first + state], hidden.astype(q.dtype))
 
     for start in range(0, tiling.length, _LENGTH):
         stop = min(start + _LENGTH, tiling.length)
         count = tiling.groups_read_of(block, tile, stop)
-        tiles.for_groups(count, functools.partial(visit, slice(start, stop)), _TOGETHER)
+        tiles.for_groups(count, functools.partial(visit, slice(start, stop)), _together(w_in_NKE))
 
     @pl.when(tile == tiling.tiles - 1)
     def _():
@@ -109,24 +147,22 @@ def read_bar(
     batch, tokens, heads, key_dim = q.shape
     count, hidden_dim, value_dim = w_in.shape[1], *w_out.shape[3:]
     dtype = state_dtype(q)
-    # W_in is loaded twice, transposed as well.
-    bytes_of_number = 1.5 * q.dtype.itemsize + dtype.itemsize
+    bytes_of_number = _loaded_bytes(q, w_in) + dtype.itemsize
     # A state alone may be larger than a tile should be; then less is left for queries.
     excess = 2 * (key_dim + value_dim) * hidden_dim * bytes_of_number - tiles.room_for_states()
-    queries_bytes = max(tiles.room_for_queries() - max(0, round(excess)), tiles.room_for_queries() // 2)
+    queries_bytes = max(tiles.room_for_queries() - max(0, round(excess)), tiles.room_for_queries() // 4)
     tiling = _fit(
         q,
         w_in,
         w_out,
         segment_length,
         _LENGTH,
+        bytes_of_number,
         piece=queries_bytes // (key_dim * dtype.itemsize),
-        bytes_of_number=bytes_of_number,
     )
     q_BHKT = tiles.lanes(q, tiling.tokens)
     gates_BHSGT = tiles.gate_groups(gates, tiling)
-    w_in = tiles.pad_states(w_in.astype(q.dtype), tiling)
-    w_out = tiles.pad_states(w_out.astype(q.dtype), tiling)
+    w_in, w_out = tiles.pad_states(w_in, tiling), tiles.pad_states(w_out, tiling)
     (rows, hidden), columns = w_in.shape[3:], w_out.shape[4]
     specs = BackwardSpecs(tiling)
     q_bar, gates_bar, w_in_bar, w_out_bar = pl.pallas_call(
@@ -136,7 +172,6 @@ def read_bar(
             specs.tokens(rows),
             specs.gates(),
             specs.states(rows, hidden),
-            specs.groups(hidden, rows),
             specs.states(hidden, columns),
             specs.tokens(columns),
         ],
@@ -152,14 +187,16 @@ def read_bar(
             jax.ShapeDtypeStruct((tiling.pieces, *w_in.shape), dtype),
             jax.ShapeDtypeStruct((tiling.pieces, *w_out.shape), dtype),
         ],
-        scratch_shapes=[pltpu.VMEM((tiling.blocks, rows, tiling.length), dtype)],
+        scratch_shapes=[
+            pltpu.VMEM((tiling.blocks, rows, tiling.length), dtype),
+            *_rounded(tiling, q, w_in, w_out),
+        ],
         compiler_params=tiles.parameters("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
         name="mlp_state_read_backward",
     )(
         q_BHKT,
         gates_BHSGT,
         w_in,
-        tiles.side_by_side(w_in, 1),
         w_out,
         tiles.lanes(out_bar.astype(q.dtype), tiling.tokens),
     )
@@ -178,7 +215,6 @@ def _read_bar_kernel(
     q_KC,
     gates_SGC,
     w_in_NKE,
-    w_in_SEK,
     w_out_NEV,
     out_bar_VC,
     q_bar_KC,
@@ -186,9 +222,13 @@ def _read_bar_kernel(
     w_in_bar_NKE,
     w_out_bar_NEV,
     sum_RKC,
+    *rounded,
 ):
     piece, tile, block = pl.program_id(2), pl.program_id(3), pl.program_id(4)
     q, out_bar = q_KC[...], out_bar_VC[...]
+    # A tile's states stay while the blocks pass.
+    states = (w_in_NKE, w_out_NEV)
+    w_in_NKE, w_out_NEV = _round(states, rounded, jnp.where(block == 0, tiling.tile, 0))
 
     @pl.when(block == 0)
     def _():
@@ -209,7 +249,7 @@ def _read_bar_kernel(
         for state in range(count):
             n = first + state
             gate = gates_SGC[n]
-            hidden, gelu_vjp = jax.vjp(gelu, product(w_in_SEK[n], q))
+            hidden, gelu_vjp = jax.vjp(gelu, product_of_rows(w_in_NKE[n], q))
             p = product(w_out_NEV[n], out_bar)
             gates_bar_SGC[n] = jnp.sum(p * hidden, axis=0, keepdims=True)
             w_out_bar_NEV[n] += tiles.product_of_lanes((gate * hidden).astype(q.dtype), out_bar)
@@ -218,7 +258,7 @@ def _read_bar_kernel(
             sum_RKC[block] += product(w_in_NKE[n], inner_bar)
             w_in_bar_NKE[n] += tiles.product_of_lanes(q, inner_bar)
 
-    tiles.for_groups(count, visit, _TOGETHER)
+    tiles.for_groups(count, visit, _together(w_in_NKE))
 
     @pl.when(tile == tiling.tiles - 1)
     def _():

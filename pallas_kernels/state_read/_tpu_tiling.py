@@ -185,6 +185,11 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=state_dtype(a))
 
 
+def product_of_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return a^T b, accumulated in the state's dtype."""
+    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=state_dtype(a))
+
+
 def product_of_lanes(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return a b^T, accumulated in the state's dtype."""
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=state_dtype(a))
@@ -257,6 +262,12 @@ class ForwardSpecs:
         cut = self._tiling
         block = (None, None, cut.tile * cut.group // count, rows, columns)
         return pl.BlockSpec(block, lambda b, h, t, n: (b, h, cut.tile_read(t, n), 0, 0))
+
+    def whole_states(self, rows: int, columns: int) -> pl.BlockSpec:
+        """Of [B, N, H, rows, columns]: those of a tile, [N, rows, columns]."""
+        cut = self._tiling
+        block = (None, cut.tile * cut.group, None, rows, columns)
+        return pl.BlockSpec(block, lambda b, h, t, n: (b, cut.tile_read(t, n), h, 0, 0))
 
 
 class BackwardSpecs:
