@@ -86,11 +86,8 @@ def read_schedule(text: str) -> Loop:
     nest = [kernel]
     bundles = [bundle for line in text.splitlines() if (bundle := _BUNDLE.match(line))]
     loops: list[Loop] = []
-    for bundle in bundles:
-        depth = bundle["nesting"].count(">")
+    for bundle, depth in zip(bundles, _depths(bundles), strict=True):
         body = bundle["body"]
-        if body.startswith("}") and depth == 0:
-            depth = len(nest) - 1  # a bundle that only waits carries no brackets
         if bundle["mark"] == "LB":
             del nest[depth:]
             nest[-1].loops.append(Loop())
@@ -105,6 +102,23 @@ def read_schedule(text: str) -> Loop:
         (branch or loop).bundles += 1
         loop.copied += sum(_GRANULE * int(granules) for granules in _COPY.findall(body))
     return kernel
+
+
+def _depths(bundles: Sequence[re.Match]) -> list[int]:
+    """Return in how many loops each bundle is.
+
+    Brackets tell less of those that only wait, and of those in a loop that only do what is for after it: what
+    comes before a bundle of a loop and after the loop's first one is in it.
+    """
+    depths = []
+    for bundle in bundles:
+        waits = bundle["body"].startswith("}") and depths
+        depths.append(depths[-1] if waits else bundle["nesting"].count(">"))
+    least = 0
+    for at in reversed(range(len(bundles))):
+        depths[at] = max(depths[at], least)
+        least = depths[at] - (bundles[at]["mark"] == "LB")
+    return depths
 
 
 def _branches(bodies: list[str], loops: list[Loop]) -> list[Branch | None]:

@@ -29,6 +29,14 @@ def test_bundles_and_copies_are_multiplied_by_the_turns_of_their_loops():
     assert kernel.bytes(itertools.repeat(3)) == 10 * 32 * (4 + 2)
 
 
+def test_a_bundle_of_a_loop_that_is_for_after_it_does_not_end_it():
+    before = "   0x5   : >> { %v2 = vadd.f32 %v1, %v1 }\n"
+    after = "   0x5   : > { %s7 = smov (%p2), 0 }\n"
+    assert before in SCHEDULE
+    kernel = read_schedule(SCHEDULE.replace(before, after + before))
+    assert kernel.cycles(itertools.repeat(3)) == 2 + 10 * (5 + 3 * 3), "the body goes on after it"
+
+
 def test_a_loop_that_decides_its_turns_while_it_runs_must_be_told_of():
     with pytest.raises(ValueError, match="give the mean"):
         read_schedule(SCHEDULE).cycles(iter(()))
