@@ -29,7 +29,7 @@ def _cases() -> dict[str, list[str]]:
         for model in _MODELS:
             found[f"{model}, {topology}"] = [
                 *(f"paper-1.3b-{model}", "--topology", topology, "--training.batch-size", "32"),
-                *(("--training.remat", "blocks") if "titans" in model and topology in _SMALL else ()),
+                *(("--training.remat", "states") if "titans" in model and topology in _SMALL else ()),
             ]
     found["linear-gated, v5p:4x4x4"] = ["paper-1.3b-linear-gated", "--topology", "v5p:4x4x4"]
     found["linear-gated, v5p:4x8x8"] = [
