@@ -22,7 +22,8 @@ from pallas_kernels.deep_memory._chunk import Tokens
 _LANES = 128
 # Rows of a bfloat16 register.
 _SUBLANES = 16
-# In VMEM: the states that the chunks of a block start from (backward); the state of the heads of a step.
+# In VMEM: the states that the chunks of a block start from (backward), more where there is room, since each
+# block's first is written to HBM; the state of the heads of a step.
 _STARTS_BYTES = 2 << 20
 _STATE_BYTES = 2 << 20
 _MOST_CHUNKS = 8
@@ -66,11 +67,10 @@ class Cut:
         _, _, heads, key_dim = q.shape
         key_dim, hidden = _up(key_dim, _LANES), _up(hidden, _LANES)
         rows = 2 if momentum else 1
-        most = _STARTS_BYTES // (2 * rows * key_dim * hidden * q.dtype.itemsize)
-        return cls(
+        cut = cls(
             segments=grid.segments,
             chunks=grid.chunks,
-            block=_largest_divisor(grid.chunks, min(most, _MOST_CHUNKS)),
+            block=1,
             chunk=_up(grid.chunk, _SUBLANES),
             heads=heads,
             key_dim=key_dim,
@@ -80,6 +80,9 @@ class Cut:
             documents=documents,
             anchored=anchored,
         )
+        left = (vmem_bytes() or 0) - cut.vmem_bytes - _MORE_STATES * cut._state_bytes
+        most = max(_STARTS_BYTES, left) // cut._start_bytes
+        return dataclasses.replace(cut, block=_largest_divisor(grid.chunks, min(most, _MOST_CHUNKS)))
 
     @property
     def blocks(self) -> int:
@@ -99,7 +102,8 @@ class Cut:
     @property
     def vmem_bytes(self) -> int:
         """Bytes of VMEM that the backward kernel needs, which needs more than the forward one."""
-        return max(_VMEM_BYTES, _STATES_IN_VMEM[self.rows, self.itemsize] * self._state_bytes)
+        starts = max(0, self.block * self._start_bytes - _STARTS_BYTES)
+        return max(_VMEM_BYTES, _STATES_IN_VMEM[self.rows, self.itemsize] * self._state_bytes + starts)
 
     @property
     def vmem_limit(self) -> int:
@@ -110,6 +114,10 @@ class Cut:
     @property
     def _state_bytes(self) -> int:
         return 2 * self.rows * self.key_dim * self.hidden * 4
+
+    @property
+    def _start_bytes(self) -> int:
+        return 2 * self.rows * self.key_dim * self.hidden * self.itemsize
 
     def tree(self, leaf):
         """Return a state all of whose leaves are `leaf`: (weights, momentum) of either layer."""
