@@ -294,11 +294,6 @@ class BackwardSpecs:
         block = (None, cut.tile * cut.group, None, rows, columns)
         return pl.BlockSpec(block, lambda b, h, p, n, t: (b, n, h, 0, 0))
 
-    def groups(self, rows: int, columns: int) -> pl.BlockSpec:
-        """Of [B, H, S, rows, columns]: the groups of a tile, [S, rows, columns]."""
-        block = (None, None, self._tiling.tile, rows, columns)
-        return pl.BlockSpec(block, lambda b, h, p, n, t: (b, h, n, 0, 0))
-
     def tokens_bar(self, dim: int) -> pl.BlockSpec:
         """Of [B, H, K, T]: [K, C]; it is whole, and leaves, when the last tile has passed."""
         cut = self._tiling
