@@ -134,8 +134,8 @@ def deep_memory(
         implementation = "tpu" if on_tpu(q) and has_kernel else "xla"
     if implementation == "tpu" and not has_kernel:
         raise ValueError(
-            "there is no kernel for TPUs with start, hidden_bias, hidden_gate, or states too large for the "
-            f"chip's VMEM, here of {initial_state[0].shape}; leave implementation out, or choose 'xla'"
+            "there is no kernel for TPUs of float64, start, hidden_bias, hidden_gate or states too large for "
+            f"the chip's VMEM, here of {initial_state[0].shape}; leave implementation out, or choose 'xla'"
         )
     further = {} if implementation == "tpu" else {"start": start}
     branch, states, final, hidden = _IMPLEMENTATIONS[implementation](

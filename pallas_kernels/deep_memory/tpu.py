@@ -22,7 +22,12 @@ from pallas_kernels.deep_memory._tpu_layout import Cut
 
 
 def has_kernel(q: jax.Array, hidden: int, *, momentum: bool) -> bool:
-    """Whether states of keys as of queries [B, T, H, K] and so many hidden units fit into the chip's VMEM."""
+    """Whether states of keys as of queries [B, T, H, K] and so many hidden units fit into the chip's VMEM.
+
+    No TPU has float64.
+    """
+    if q.dtype == jnp.float64:
+        return False
     available = vmem_bytes()
     cut = Cut.fit(Grid.fit(1, 1, 1), q, hidden, momentum=momentum, documents=False, anchored=False)
     return available is None or cut.vmem_bytes <= available
