@@ -1,8 +1,9 @@
 """How a compiled program sends while it computes.
 
-There are three ways. A pair of "-start" and "-done" of the collective's name. Three calls on another core of
-the chip (SparseCore), of which "call-update" is what hands the operands over. And, on a v5e, a gather in
-pieces between the steps of other fusions: it stands in the text of those, too.
+There are four ways. A pair of "-start" and "-done" of the collective's name. Three calls on another core of
+the chip (SparseCore), of which "call-update" is what hands the operands over. On a v5e, a gather in pieces
+between the steps of other fusions: it stands in the text of those, too. And, between slices, a "send" to the
+host, whose runtime (Megascale) passes it on, and the "recv" of what comes of it, which may stand before it.
 """
 
 import re
@@ -12,12 +13,14 @@ _COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|collective-per
 _RUNS = re.compile(r" (?:calls|to_apply)=%?([\w.\-<>]+)")
 _OPERANDS = re.compile(r"%([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_BETWEEN_SLICES = re.compile(r" send\(.*_xla_megascale_transfer_type=")
+_MEETING = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
 _IN_PIECES = '"async_collective_fusion_config"'
 
 
 def sends(line: str) -> bool:
     """Whether an operation's line is that of a collective."""
-    return _COLLECTIVE.search(line) is not None
+    return _COLLECTIVE.search(line) is not None or _BETWEEN_SLICES.search(line) is not None
 
 
 def runs_of(line: str) -> str | None:
@@ -35,16 +38,25 @@ class Sendings:
         self._called: dict[str, str] = {}
         """Calls without operands so far, and what they will send."""
         self._begun: dict[str, str] = {}
-        """By operations, or channels, what they stand for: those that began to send."""
+        """By operations, channels or meetings, what they stand for: those that began to send."""
+        self._received: dict[str, str] = {}
+        """By operations that receive from other slices, where they meet what was sent there."""
 
     def read(self, name: str, kind: str, line: str) -> tuple[str | None, bool, str | None]:
         """Return what an operation sends, whether others go on meanwhile, and which of them it waits for."""
         step = kind.rpartition("-")[2]
+        if kind in ("send", "recv") and (meeting := _MEETING.search(line)):
+            if kind == "recv":
+                self._received[name] = meeting[1]
+                return None, False, None
+            self._begun[meeting[1]] = name
+            return line, True, None
         if step in ("update", "done"):
             given = _OPERANDS.findall(line.partition(f" {kind}(")[2].partition(")")[0])
             if called := next((self._called[one] for one in given if one in self._called), None):
                 self._begun[name] = name
                 return called, True, None
+            given = [self._received.get(one, one) for one in given]
             begun = next((self._begun[one] for one in given if one in self._begun), None)
             if begun and step == "update":
                 self._begun[name] = begun

@@ -4,7 +4,8 @@ Times are estimates: bytes over the vendor's bandwidth of the links that the axe
 where they are closed to a ring, without latencies and as if no other operation used them. With n chips and S
 bytes of the whole array, gathering and scattering take S (n - 1) / n over all links of a chip along the axes,
 an all-reduce twice that, a permutation S over one link; an all-to-all of S bytes a chip moves half of them
-through the middle of the longest side. Between slices the same bytes, n counting slices, pass the network.
+through the middle of the longest side. Between slices, n of them, the same shares of what a chip sends there
+pass the network.
 """
 
 import dataclasses
@@ -22,6 +23,13 @@ from mc_jax.planning.topology import Topology
 _KIND = re.compile(
     r" (all-gather|all-reduce|reduce-scatter-of|reduce-scatter|collective-permute|all-to-all)(-start)?\("
 )
+_BETWEEN_SLICES = re.compile(r' send\(.*_xla_megascale_transfer_type="(\w+)"')
+_BETWEEN_SLICES_KINDS = {
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+}
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -38,7 +46,7 @@ class Collective:
     axes: tuple[str, ...]
     """Of the mesh, of more than one chip."""
     chips: int
-    """That take part together."""
+    """That take part together; slices of what goes between these."""
     bytes: int
     """Of the whole array: what is gathered, summed, or divided; of what a chip sends in the others."""
     times: int
@@ -47,6 +55,8 @@ class Collective:
     """Whether the compiler lets other work go on meanwhile."""
     seconds: float
     """Of one run, an estimate."""
+    network: bool = False
+    """Whether it goes between slices, over the network, beside what chips of a slice send each other."""
 
 
 def collectives(
@@ -68,6 +78,8 @@ def read_collective(
     """Return what an operation sends, once."""
     line = operation.collective
     assert line is not None
+    if _BETWEEN_SLICES.search(line):
+        return _between_slices(line, mesh, chip)
     kind = _KIND.search(line)
     assert kind is not None, line
     name, starts = kind[1], kind[2] is not None
@@ -90,6 +102,32 @@ def read_collective(
         overlaps=operation.overlaps,
         seconds=seconds_of(name, size, devices, chip, topology),
     )
+
+
+def _between_slices(line: str, mesh: jax.sharding.Mesh, chip: Chip) -> Collective:
+    """Each chip sends its own; only axes that lie on several slices take part."""
+    found = _BETWEEN_SLICES.search(line)
+    assert found is not None
+    name = _BETWEEN_SLICES_KINDS.get(found[1], "collective-permute")
+    slices = np.vectorize(_slice_of)(mesh.devices)
+    axes = [axis for at, axis in enumerate(mesh.axis_names) if (slices != slices.take([0], at)).any()]
+    count = len(np.unique(slices))
+    # What is sent, then flags.
+    size = _bytes(*_ARRAY.findall(line.partition(" = ")[2])[0]) * (count if name == "all-gather" else 1)
+    return Collective(
+        kind=name,
+        axes=tuple(axes),
+        chips=count,
+        bytes=size,
+        times=1,
+        overlaps=True,
+        seconds=_turns(name, count) * size / chip.network,
+        network=True,
+    )
+
+
+def _slice_of(device: jax.Device) -> int:
+    return getattr(device, "slice_index", 0)
 
 
 def group_of(line: str, shape: Sequence[int], names: Sequence[str]) -> list[int]:
@@ -117,25 +155,17 @@ def group_of(line: str, shape: Sequence[int], names: Sequence[str]) -> list[int]
 
 
 def seconds_of(kind: str, size: int, devices: Sequence[jax.Device], chip: Chip, topology: Topology) -> float:
-    """Return the time of one run, an estimate."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    inside = len(devices) // slices
-    seconds = 0.0
-    if slices > 1:
-        # Each chip of a slice sends its share.
-        share = size if kind == "collective-permute" else size / inside
-        seconds += _turns(kind, slices) * share / chip.network
-    if inside > 1:
-        sides = _sides(devices, topology, chip)
-        if kind == "collective-permute":
-            seconds += size / chip.link
-        elif kind == "all-to-all":
-            side, lanes = max(sides, key=lambda one: one[0] / one[1])
-            # Half of what a row of `side` chips has crosses its middle, half of that each way.
-            seconds += size * side / 4 / lanes / chip.link
-        else:
-            seconds += _turns(kind, inside) * size / (sum(lanes for _, lanes in sides) * chip.link)
-    return seconds
+    """Return the time of one run within a slice, an estimate."""
+    if len(devices) == 1:
+        return 0.0
+    sides = _sides(devices, topology, chip)
+    if kind == "collective-permute":
+        return size / chip.link
+    if kind == "all-to-all":
+        side, lanes = max(sides, key=lambda one: one[0] / one[1])
+        # Half of what a row of `side` chips has crosses its middle, half of that each way.
+        return size * side / 4 / lanes / chip.link
+    return _turns(kind, len(devices)) * size / (sum(lanes for _, lanes in sides) * chip.link)
 
 
 def _turns(kind: str, chips: int) -> float:
@@ -146,8 +176,7 @@ def _turns(kind: str, chips: int) -> float:
 
 def _sides(devices: Sequence[jax.Device], topology: Topology, chip: Chip) -> list[tuple[int, int]]:
     """Dimensions of the torus that devices are spread over: how many along it, a chip's links along it."""
-    first = getattr(devices[0], "slice_index", 0)
-    coordinates = np.array([d.coords for d in devices if getattr(d, "slice_index", 0) == first])
+    coordinates = np.array([device.coords for device in devices])
     sides = [len(set(column.tolist())) for column in coordinates.T]
     whole = (*topology.sides, *[1] * len(sides))
     found = [

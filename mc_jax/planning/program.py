@@ -13,7 +13,9 @@ _OPERATION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?
 _WHILE = re.compile(r"condition=%?([\w.\-<>]+), body=%?([\w.\-<>]+)")
 _CALLED = re.compile(r"(?:to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|\S+)")
 _FUSED = re.compile(r" calls=%?([\w.\-<>]+)")
-_LIMIT = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
+_COUNTER = re.compile(r" [su]32\[\]\S* get-tuple-element\(.*\), index=(\d+)")
+_OPERANDS = re.compile(r" [a-z\-]+\(([^)]*)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
@@ -69,7 +71,8 @@ class Operation:
 def operations(text: str) -> Iterator[Operation]:
     """Yield the operations of an optimized program's text, `compiled.as_text()`, that run on their own.
 
-    Of a conditional all branches count. A `jax.lax.scan` is a loop whose counter is compared with a constant.
+    Of a conditional all branches count. A `jax.lax.scan` is a loop whose counter is compared with a constant;
+    it begins at 0, or later if the compiler has put the first turns before the loop.
     """
     program = _Program(text)
     yield from program.operations(program.entry, 1)
@@ -90,9 +93,7 @@ class _Program:
             if kind == "while":
                 found = _WHILE.search(line)
                 assert found is not None
-                condition, body = found.groups()
-                limits = [int(limit) for limit in _LIMIT.findall("\n".join(self.computations[condition]))]
-                yield from self.operations(body, times * max(limits, default=1))
+                yield from self.operations(found[2], times * self._turns(name, line, found[1]))
             elif kind in ("call", "conditional"):
                 for called in re.findall(r"[\w.\-<>]+", " ".join(_CALLED.findall(line))):
                     yield from self.operations(called, times)
@@ -117,7 +118,27 @@ class _Program:
                     waits_for=waits_for,
                 )
 
+    def _turns(self, name: str, line: str, condition: str) -> int:
+        """How often the loop at a line of a computation turns."""
+        compared = "\n".join(self.computations[condition])
+        limits = [int(limit) for limit in _CONSTANT.findall(compared)]
+        counter = _COUNTER.search(compared)
+        if counter is None:
+            return max(limits, default=1)
+        state = self._lines(name).get(_operands(line)[0], "")
+        start = _operands(state)[int(counter[1])] if " tuple(" in state else ""
+        while " copy(" in self._lines(name).get(start, ""):
+            (start,) = _operands(self._lines(name)[start])
+        first = _CONSTANT.search(self._lines(name).get(start, ""))
+        return max(limits, default=1) - (int(first[1]) if first else 0)
+
     @functools.cache  # noqa: B019 - a program lives as long as what is read off it
+    def _lines(self, name: str) -> dict[str, str]:
+        """The lines of a computation by the names of their results."""
+        found = ((_OPERATION.match(line), line) for line in self.computations[name])
+        return {operation["name"]: line for operation, line in found if operation}
+
+    @functools.cache  # noqa: B019
     def _products(self, name: str) -> float:
         """FLOPs of the matrix products of a fused computation."""
         total = 0.0
@@ -147,6 +168,12 @@ class _Program:
     def _shapes(self, name: str) -> dict[str, str]:
         found = (_OPERATION.match(line) for line in self.computations.get(name, ()))
         return {operation["name"]: operation["shape"] for operation in found if operation}
+
+
+def _operands(line: str) -> list[str]:
+    """Names of what an operation is given."""
+    found = _OPERANDS.search(re.sub(r"/\*.*?\*/", "", line))
+    return [name.strip().lstrip("%") for name in found[1].split(",")] if found else []
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

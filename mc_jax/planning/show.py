@@ -145,7 +145,7 @@ def _sent(sent: Sequence[Collective]) -> Table:
     table = Table("collectives", "axes", "chips", "MB each", "times", "overlaps", "ms (estimate)")
     for one in sent[:_COLLECTIVES]:
         table.add_row(
-            one.kind,
+            f"{one.kind}, between slices" if one.network else one.kind,
             ", ".join(one.axes),
             str(one.chips),
             f"{one.bytes / 1e6:,.3f}",

@@ -64,7 +64,7 @@ class Speed:
     seconds: float
     """Of a step, what is sent being under way from where the program begins it to where it waits for it."""
     least_seconds: float
-    """Of a step, if communication hid behind computing, or computing behind communication."""
+    """Of a step, if computing, links and the network between slices all worked at once."""
     most_seconds: float
     """Of a step, if nothing overlapped."""
     tokens_per_second: float
@@ -113,7 +113,7 @@ def speed_of(
     clock = _Clock()
     for one in operations:
         cycles = one.times * (per_call[one.name] if one.is_kernel else one.cycles)
-        clock.run(one, cycles / chip.clock, one.times * sending(one).seconds if one.collective else 0.0)
+        clock.run(one, cycles / chip.clock, sending(one) if one.collective else None)
         if not cycles:
             continue
         if one.is_kernel:
@@ -132,6 +132,7 @@ def speed_of(
             cycles=cycles + (before.cycles if before else 0.0),
         )
     compute = (xla + kernel_cycles) / chip.clock
+    between = sum(one.times * one.seconds for one in sent if one.network)
     communication = sum(one.times * one.seconds for one in sent)
     return Speed(
         xla_cycles=xla,
@@ -140,7 +141,7 @@ def speed_of(
         communication_seconds=communication,
         overlapping_seconds=sum(one.times * one.seconds for one in sent if one.overlaps),
         seconds=clock.now,
-        least_seconds=max(compute, communication),
+        least_seconds=max(compute, communication - between, between),
         most_seconds=compute + communication,
         tokens_per_second=tokens / clock.now,
         mfu=flops / chips / chip.flops / clock.now,
@@ -156,26 +157,27 @@ def speed_of(
 
 
 class _Clock:
-    """Time as operations run one after another, and one sending after another beside them.
+    """Time as operations run one after another, and beside them one sending after another, of each network.
 
     All turns of a loop are one here, as much longer: what a turn begins to send it waits for, too.
     """
 
     def __init__(self):
         self.now = 0.0
-        self._sent = 0.0
-        """When the links will be free."""
+        self._sent = {False: 0.0, True: 0.0}
+        """When the links of a slice, and the network between slices, will be free."""
         self._ends: dict[str, float] = {}
         """Of what is under way, by the operation that began it."""
 
-    def run(self, operation: Operation, computing: float, sending: float) -> None:
-        """Let an operation run, which computes and sends for so many seconds."""
+    def run(self, operation: Operation, computing: float, sending: Collective | None) -> None:
+        """Let an operation run, which computes for so many seconds, and what it sends."""
         self.now += computing
-        if operation.collective:
-            self._sent = max(self.now, self._sent) + sending
+        if sending:
+            ends = max(self.now, self._sent[sending.network]) + operation.times * sending.seconds
+            self._sent[sending.network] = ends
             if operation.overlaps:
-                self._ends[operation.name] = self._sent
+                self._ends[operation.name] = ends
             else:
-                self.now = self._sent
+                self.now = ends
         if operation.waits_for:
             self.now = max(self.now, self._ends.get(operation.waits_for, 0.0))

@@ -27,6 +27,13 @@ def mesh_of(replica: int, fsdp: int, tensor: int, sides: tuple[int, ...], slices
     )
 
 
+# As the compiler writes what a chip hands over to the runtime that joins slices.
+SENT_BY_THE_HOST = (
+    "is_host_transfer=true, frontend_attributes={"
+    '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",'
+    '_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",'
+    '_xla_megascale_transfer_type="ALL_REDUCE"}'
+)
 TORUS = read_topology("v5p:4x4x4")
 MESH = mesh_of(1, 16, 4, (4, 4, 4))
 
@@ -97,9 +104,12 @@ def test_what_starts_counts_its_result():
 def test_between_slices_the_network_is_what_it_takes():
     mesh = mesh_of(2, 4, 1, (2, 2, 1), slices=2)
     one = read(
-        "f32[1000]{0} all-reduce(%x), replica_groups={{0,4},{1,5}}", mesh, read_topology("v5p:2x2x1", 2)
+        f"(f32[1000]{{0}}, u32[]{{:S(2)}}, token[]) send(%x, %after-all), {SENT_BY_THE_HOST}",
+        mesh,
+        read_topology("v5p:2x2x1", 2),
     )
-    assert one.axes == ("replica",)
+    assert (one.kind, one.axes, one.chips, one.bytes) == ("all-reduce", ("replica",), 2, 4000)
+    assert one.network
     assert one.seconds == pytest.approx(2 * 0.5 * 4000 / V5P.network)
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.experimental import pallas as pl
 from tpu_topology import compile_for
 
@@ -25,6 +26,42 @@ def test_what_is_in_a_loop_runs_as_often_as_the_loop():
     # 512^3 multiplications on four units of 128 x 128; the weights come from HBM, which takes longer.
     assert 1 <= product.cycles / (512**3 / (4 * 128 * 128)) < 8
     assert any("sin" in operation.source for operation in found), "both branches of a conditional count"
+
+
+# As the compiler writes a loop whose first turn it has put before it.
+_PEELED = """
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(4)
+  %p = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%counter, %limit), direction=LT
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %one = s32[]{:T(128)} constant(1)
+  %counter = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %next = s32[]{:T(128)} add(%counter, %one)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %turn = f32[8]{0} sine(%x)
+  ROOT %both = (s32[]{:T(128)}, /*index=1*/f32[8]{0}) tuple(%next, %turn)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %start = s32[]{:T(128)} constant(START)
+  %copy = s32[]{:T(128)} copy(%start)
+  %tuple = (s32[]{:T(128)}, f32[8]{0}) tuple(%copy, /*index=1*/%x)
+  %while = (s32[]{:T(128)}, f32[8]{0}) while(%tuple), condition=%cond, body=%body
+  ROOT %end = f32[8]{0} get-tuple-element(%while), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(("start", "turns"), [(0, 4), (1, 3)])
+def test_a_loop_turns_from_where_it_begins(start, turns):
+    found = operations(_PEELED.replace("START", str(start)))
+    assert [one.times for one in found if one.name == "turn"] == [turns]
 
 
 def test_kernels_are_told_from_xlas_operations():

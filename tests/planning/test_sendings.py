@@ -60,6 +60,21 @@ ENTRY %main (w: f32[2]) -> f32[8] {{
 }}
 """
 
+_MEET = 'frontend_attributes={_xla_host_transfer_rendezvous="a_0",_xla_megascale_transfer_type="ALL_REDUCE"}'
+
+BETWEEN_SLICES = f"""
+ENTRY %main (w: f32[2]) -> f32[2] {{
+  %w = f32[2]{{0}} parameter(0)
+  %first = token[] after-all()
+  %recv = (f32[2]{{0}}, u32[], token[]) recv(%first), channel_id=1, {_MEET}
+  %send = (f32[2]{{0}}, u32[], token[]) send(%w, %first), channel_id=2, {_MEET}
+  %add = f32[2]{{0}} add(%w, %w), backend_config={{"estimated_cycles":"100"}}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv-done = (f32[2]{{0}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %sum = f32[2]{{0}} get-tuple-element(%recv-done), index=0
+}}
+"""
+
 
 @pytest.mark.parametrize(
     ("text", "begins", "waits"),
@@ -67,6 +82,7 @@ ENTRY %main (w: f32[2]) -> f32[8] {{
         (IN_A_PAIR, "all-gather-start", "all-gather-done"),
         (ON_ANOTHER_CORE, "call-update", "call-done"),
         (IN_PIECES, "starts", "ends"),
+        (BETWEEN_SLICES, "send", "recv-done"),
     ],
 )
 def test_a_sending_is_counted_once_and_goes_on_beside_what_lies_between(text, begins, waits):
@@ -149,6 +165,41 @@ def test_what_is_sent_at_once_is_waited_for_and_one_sending_goes_after_another()
         _one("ends too", waits_for="begins too"),
     ]
     assert _seconds(both, 2.0) == pytest.approx(4.0)
+
+
+def test_the_network_between_slices_works_beside_the_links_of_a_slice():
+    def one(network: bool) -> Collective:
+        return Collective(
+            kind="all-reduce",
+            axes=(),
+            chips=2,
+            bytes=8,
+            times=1,
+            overlaps=True,
+            seconds=2.0,
+            network=network,
+        )
+
+    step = [
+        _one("links", sends=True, overlaps=True),
+        _one("network", sends=True, overlaps=True),
+        _one("between", seconds=1.0),
+        _one("links' end", waits_for="links"),
+        _one("network's end", waits_for="network"),
+    ]
+    speed = speed_of(
+        step,
+        (),
+        (one(False), one(True)),
+        lambda operation: one(operation.name == "network"),
+        CHIPS["v5e"],
+        chips=2,
+        tokens=1,
+        flops=1.0,
+        kernel_products=0.0,
+    )
+    assert speed.seconds == pytest.approx(2.0)
+    assert speed.least_seconds == pytest.approx(2.0)
 
 
 def test_a_loop_is_as_long_as_all_its_turns():
