@@ -27,16 +27,16 @@ MESHES = {
 # In float64 the core over shared rows agrees to 1e-9, for all memories and aggregations
 # (`test_sequence_core`): the rest is the order of sums, and what is around the core.
 @pytest.mark.parametrize(
-    ("name", "mesh"),
+    ("name", "mesh", "remat"),
     [
-        ("attention", "fsdp 2, sequence 2, tensor 2"),
-        pytest.param("linear, gated", "fsdp 2, sequence 4", marks=pytest.mark.slow),
-        pytest.param("delta, sparse", "fsdp 2, sequence 2, tensor 2", marks=pytest.mark.slow),
-        pytest.param("dla, soup", "fsdp 2, sequence 4", marks=pytest.mark.slow),
+        ("attention", "fsdp 2, sequence 2, tensor 2", "none"),
+        pytest.param("linear, gated", "fsdp 2, sequence 4", "blocks", marks=pytest.mark.slow),
+        pytest.param("delta, sparse", "fsdp 2, sequence 2, tensor 2", "maps", marks=pytest.mark.slow),
+        pytest.param("dla, soup", "fsdp 2, sequence 4", "states", marks=pytest.mark.slow),
     ],
 )
-def test_first_gradients_of_shared_rows_are_those_on_one_device(name, mesh):
-    must_agree(name, MESHES[mesh], length=LENGTH, most=2e-5)
+def test_first_gradients_of_shared_rows_are_those_on_one_device(name, mesh, remat):
+    must_agree(name, MESHES[mesh], length=LENGTH, most=2e-5, remat=remat)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from tpu_topology import four
 
-from mc_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig, validate
+from mc_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Remat, TrainingConfig, validate
 from mc_jax.parallel import make_mesh, on_mesh
 from mc_jax.training.checkpoint import Checkpoints
 from mc_jax.training.optimizer import learning_rate, make_optimizer
@@ -87,7 +87,9 @@ def drawn(config: Config):
         return jax.device_get(new_state(config, VOCABULARY)[1].parameters)
 
 
-def first_gradients(config: Config, sizes: MeshConfig, change=lambda x: x) -> dict[str, np.ndarray]:
+def first_gradients(
+    config: Config, sizes: MeshConfig, change=lambda x: x, remat: Remat = "none"
+) -> dict[str, np.ndarray]:
     with jax.set_mesh(mesh_of(sizes)):
         graph, like = abstract_state(config, VOCABULARY)
         where = jax.tree.map(lambda x: x.sharding, like.parameters)
@@ -96,7 +98,7 @@ def first_gradients(config: Config, sizes: MeshConfig, change=lambda x: x) -> di
         @jax.jit
         def gradients(parameters, batch):
             def loss(p):
-                return jnp.mean(token_losses(merge_model(graph, p), batch))
+                return jnp.mean(token_losses(merge_model(graph, p), batch, remat=remat))
 
             return jax.grad(loss)(parameters)
 
@@ -118,8 +120,10 @@ def rounding(name: str, length: int) -> dict[str, np.floating]:
     return {path: np.linalg.norm(other[path] - here[path]) for path in here}
 
 
-def must_agree(name: str, sizes: MeshConfig, *, length: int = LENGTH, most: float = 1.5e-5):
-    found = first_gradients(config_of(MODELS[name], context_length=length), sizes)
+def must_agree(
+    name: str, sizes: MeshConfig, *, length: int = LENGTH, most: float = 1.5e-5, remat: Remat = "none"
+):
+    found = first_gradients(config_of(MODELS[name], context_length=length), sizes, remat=remat)
     errors = {path: np.linalg.norm(found[path] - expected) for path, expected in alone(name, length).items()}
     norms = {path: np.linalg.norm(expected) for path, expected in alone(name, length).items()}
     norm = np.linalg.norm(list(norms.values()))

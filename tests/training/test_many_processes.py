@@ -93,6 +93,13 @@ def test_two_processes_train_as_one_and_the_first_one_alone_tells(workplace, who
     assert len(list((workplace / "runs" / "two" / "tensorboard").iterdir())) == 1, "only process 0 writes"
 
 
+def test_two_processes_that_share_rows_train_as_one(workplace, whole):
+    mesh = ("--mesh.fsdp", "1", "--mesh.sequence", "2")
+    processes = start_two(workplace, "train", "tiny.py", "--name", "shared", *mesh, output="shared")
+    assert [started.end() for started in processes] == [0, 0], processes[0].lines() + processes[1].lines()
+    must_be_the_same(steps_of(workplace, "shared"), whole)
+
+
 def test_a_notice_to_one_stops_all_at_one_step_and_one_process_goes_on(workplace, whole):
     run = workplace / "runs" / "noticed"
     processes = start(workplace, "noticed")
