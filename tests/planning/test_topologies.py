@@ -1,4 +1,4 @@
-"""The training step of every family of recipes compiles for pods and slices; here it is a layer deep."""
+"""The training step of every family of recipes compiles for pods and slices; here it has a layer or two."""
 
 import importlib.util
 
@@ -8,34 +8,37 @@ from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from mc_jax.planning.plan import plan
 
 CASES = [
-    ("v5e:4x4", 1, {"memory": "linear", "aggregation": "gated"}),
-    ("v6e:2x2", 2, {"layer_pattern": ("attention",), "tie_embeddings": False}),
+    ("v5e:4x4", 1, {"memory": "linear", "aggregation": "gated"}, "maps"),
+    ("v6e:2x2", 2, {"layer_pattern": ("attention",), "tie_embeddings": False}, "blocks"),
 ]
 SLOW = [
-    ("v5p:4x4x4", 1, {"memory": "linear", "aggregation": "sparse", "top_k": 2}),
-    ("v6e:16x16", 1, {"memory": "swla", "aggregation": "none"}),
-    ("v6e:16x16", 1, {"memory": "titans", "memory_depth": 2, "aggregation": "gated"}),
-    ("tpu7x:2x2x2", 2, {"memory": "titans", "memory_depth": 2, "aggregation": "none"}),
-    ("v5e:4x4", 1, {"memory": "dla", "memory_depth": 2, "aggregation": "soup"}),
+    ("v5p:4x4x4", 1, {"memory": "linear", "aggregation": "sparse", "top_k": 2}, "states"),
+    ("v6e:16x16", 1, {"memory": "swla", "aggregation": "none"}, "none"),
+    ("v6e:16x16", 1, {"memory": "titans", "memory_depth": 2, "aggregation": "gated"}, "maps"),
+    ("tpu7x:2x2x2", 2, {"memory": "titans", "memory_depth": 2, "aggregation": "none"}, "none"),
+    ("v5e:4x4", 1, {"memory": "dla", "memory_depth": 2, "aggregation": "soup", "num_layers": 2}, "offload"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("topology", "slices", "model"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("topology", "slices", "model", "remat"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
-def test_a_shallow_step_compiles_and_fits(topology, slices, model):
+def test_a_shallow_step_compiles_and_fits(topology, slices, model, remat):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which compiles for TPUs, is not installed: uv sync --group aot")
     chips = 256 if "16x16" in topology else 64 * slices
     config = Config(
         model=ModelConfig(
-            num_layers=1, model_dim=256, num_heads=2, mlp_dim=256, **{"aggregation": "none"} | model
+            **{"num_layers": 1, "model_dim": 256, "num_heads": 2, "mlp_dim": 256, "aggregation": "none"}
+            | model
         ),
         data=DataConfig(context_length=512),
-        training=TrainingConfig(batch_size=chips),
+        training=TrainingConfig(batch_size=chips, remat=remat),
     )
     found = plan(config, topology=topology, slices=slices, vocab_size=512, estimate=False)
     assert found.memory.fits
+    assert (found.memory.host > 0) == (remat == "offload")
     assert found.mesh["replica"] == slices, "copies of the state, and nothing else, lie on several slices"
     inside = [one for one in found.collectives if not one.network]
     assert {axis for one in inside for axis in one.axes} == {"fsdp"}
