@@ -40,6 +40,11 @@ def has_wgmma() -> bool:
     return capability == "9.0" if capability else bool(_HOPPER.search(chip()))
 
 
+def has_wide_units() -> bool:
+    """Whether a TPU's matrix units are 256 wide, and not 128: a product's start and end then weigh more."""
+    return platform() == "tpu" and pltpu.get_tpu_info().mxu_column_size > 128
+
+
 def cores() -> int:
     """Return how many cores of a TPU share a kernel's grid; 1 elsewhere."""
     return pltpu.get_tpu_info().num_cores if platform() == "tpu" else 1

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._platform import chip, cores
+from pallas_kernels._platform import cores, has_wide_units
 from pallas_kernels._state import state_dtype
 
-# Tokens of a block forward, for chips that are quickest with other than 128, and backward.
-_FORWARD = {"TPU v6 lite": 256, "TPU7x": 256}
-_LENGTH, _LENGTH_BACKWARD = 128, 256
+# Tokens of a block forward, there on wide matrix units, and backward.
+_LENGTH, _LENGTH_WIDE, _LENGTH_BACKWARD = 128, 256, 256
 # Heads that a step works on together: one computes where another waits.
 _HEADS = 16
 # The same for rules that write errors, whose steps are longer.
@@ -68,7 +67,8 @@ class Cut:
         """Return the cut of a run of queries [B, T, H, K]."""
         _, tokens, heads, _ = q.shape
         segment = min(segment_length, tokens)
-        length = _LENGTH_BACKWARD if backward else _FORWARD.get(chip(), _LENGTH)
+        forward = _LENGTH_WIDE if has_wide_units() else _LENGTH
+        length = _LENGTH_BACKWARD if backward else forward
         if -segment % length >= _LENGTH:  # no padding that a smaller block does without
             length = _LENGTH
         blocks = -(-segment // length)

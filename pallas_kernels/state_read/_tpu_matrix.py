@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._platform import chip
+from pallas_kernels._platform import has_wide_units
 from pallas_kernels._state import state_dtype
 from pallas_kernels.state_read import _tpu_tiling as tiles
 from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, Tiling, product
@@ -27,8 +27,6 @@ from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, T
 _LENGTH = 512
 _LENGTH_WIDE = 2048
 _COLUMNS = 512
-# Chips with such a unit; their vector unit multiplies bfloat16, twice as many numbers as float32.
-_WIDE = ("TPU v6 lite", "TPU7x")
 _GROUP = 4
 # Rows of weighed queries in one matrix product: of 16 states with 128 dims.
 _ROWS = 2048
@@ -43,7 +41,7 @@ def read(q: jax.Array, gates: jax.Array, states: jax.Array, segment_length: int 
     most = tiles.room_for_states() // (2 * key_dim * value_dim * q.dtype.itemsize)
     # States that pass for each block anew should pass seldom.
     length, weigh_in = _LENGTH if states.shape[1] <= most else 2 * _LENGTH, state_dtype(q)
-    if chip() in _WIDE:
+    if has_wide_units():  # the vector unit multiplies twice as many numbers of bfloat16
         token_bytes = 2 * (key_dim + value_dim) * q.dtype.itemsize + value_dim * weigh_in.itemsize
         products = max(1, min(_LENGTH_WIDE, _TOKENS_BYTES // token_bytes) // _COLUMNS)
         length, weigh_in = products * _COLUMNS, q.dtype

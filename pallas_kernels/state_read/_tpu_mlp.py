@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._platform import has_wide_units
 from pallas_kernels._query import gelu
 from pallas_kernels._state import state_dtype
 from pallas_kernels.state_read import _tpu_tiling as tiles
@@ -25,8 +26,9 @@ from pallas_kernels.state_read._tpu_tiling import (
     product_of_rows,
 )
 
-# Tokens that go through a state at once; and of a forward block, for which states are loaded anew.
-_LENGTH = 256
+# Tokens that go through a state at once, backward more where matrix units are 256 wide; and of a forward
+# block, for which states are loaded anew.
+_LENGTH, _LENGTH_WIDE = 256, 512
 _BLOCK = 8 * _LENGTH
 # States visited in one go: two of so many numbers a layer; a larger one keeps the matrix unit busy alone.
 _TOGETHER, _SMALL = 2, 1 << 16
@@ -156,7 +158,7 @@ def read_bar(
         w_in,
         w_out,
         segment_length,
-        _LENGTH,
+        _LENGTH_WIDE if has_wide_units() else _LENGTH,
         bytes_of_number,
         piece=queries_bytes // (key_dim * dtype.itemsize),
     )

@@ -145,7 +145,6 @@ def test_bfloat16_is_accurate_to_rounding(rule):
         (300, 64, 256, "checkpoint"),
         (290, 24, 144, "independent"),
         (100, 128, 256, "checkpoint"),
-        (300, 100, 200, "independent"),
     ],
 )
 def test_titans_takes_errors_at_the_starts_of_chunks(length, chunk_length, segment_length, segment_init):

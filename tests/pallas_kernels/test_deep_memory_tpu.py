@@ -115,9 +115,8 @@ def test_it_is_what_the_reference_is(objective, length, dim, hidden, segment_ini
     _assert_close(arguments, segment_length=32, chunk_length=16, segment_init=segment_init)
 
 
-@pytest.mark.parametrize("length", [1, 5])
-def test_a_row_shorter_than_a_chunk(length):
-    _assert_close(_arguments(length, 32, 64), segment_length=16, chunk_length=8)
+def test_a_row_shorter_than_a_chunk():
+    _assert_close(_arguments(5, 32, 64), segment_length=16, chunk_length=8)
 
 
 @pytest.mark.parametrize("segment_init", ["checkpoint", "independent"])
@@ -188,9 +187,7 @@ def test_forward_and_backward_compile(chip, heads, dim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("chip", "heads", "dim"), [("v4", 16, 96), *in_turn([(16, 96), (8, 256)], first=1)[1:]]
-)
+@pytest.mark.parametrize(("chip", "heads", "dim"), [("v4", 16, 96), ("v5p", 8, 256), ("v6e", 16, 96)])
 def test_writes_without_errors_compile(chip, heads, dim):
     _assert_compiles(chip, heads, dim, "dot")
 
@@ -198,9 +195,7 @@ def test_writes_without_errors_compile(chip, heads, dim):
 @pytest.mark.parametrize(
     ("chip", "dim", "hidden", "dtype"),
     [
-        ("v4", 64, 256, jnp.bfloat16),
         ("v4", 128, 256, jnp.float32),
-        ("v5p", 128, 512, jnp.float32),
         ("v5p", 256, 512, jnp.bfloat16),
     ],
 )

@@ -114,7 +114,7 @@ def test_rows_and_heads_do_not_mix(hidden):
 def test_blocks_for_wide_matrix_units_are_read_as_the_reference_reads_them(
     length, key_dim, value_dim, dtype, tolerance, monkeypatch
 ):
-    monkeypatch.setattr(_tpu_matrix, "chip", lambda: "TPU v6 lite")
+    monkeypatch.setattr(_tpu_matrix, "has_wide_units", lambda: True)
     # Products of 128 and fewer tokens, two in a block; tiles of 16 states and of fewer at once.
     monkeypatch.setattr(_tpu_matrix, "_COLUMNS", 128)
     monkeypatch.setattr(_tpu_matrix, "_LENGTH_WIDE", 256)

@@ -8,14 +8,12 @@ from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from mc_jax.planning.plan import plan
 
 CASES = [
-    ("v5e:4x4", 1, {"memory": "linear", "aggregation": "gated"}, "maps"),
     ("v6e:2x2", 2, {"layer_pattern": ("attention",), "tie_embeddings": False}, "blocks"),
 ]
 SLOW = [
     ("v5p:4x4x4", 1, {"memory": "linear", "aggregation": "sparse", "top_k": 2}, "states"),
     ("v6e:16x16", 1, {"memory": "swla", "aggregation": "none"}, "none"),
-    ("v6e:16x16", 1, {"memory": "titans", "memory_depth": 2, "aggregation": "gated"}, "maps"),
-    ("tpu7x:2x2x2", 2, {"memory": "titans", "memory_depth": 2, "aggregation": "none"}, "none"),
+    ("tpu7x:2x2x2", 2, {"memory": "titans", "memory_depth": 2, "aggregation": "gated"}, "maps"),
     ("v5e:4x4", 1, {"memory": "dla", "memory_depth": 2, "aggregation": "soup", "num_layers": 2}, "offload"),
 ]
 
