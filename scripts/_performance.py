@@ -36,6 +36,10 @@ def _cases() -> dict[str, list[str]]:
         *("paper-1.3b-linear-gated", "--topology", "v5p:4x8x8"),
         *("--training.batch-size", "512"),
     ]
+    found["linear-gated, 2 slices of v5p:2x2x4"] = [
+        *("paper-1.3b-linear-gated", "--topology", "v5p:2x2x4", "--slices", "2"),
+        *("--training.batch-size", "64"),
+    ]
     for topology, rows in (("v5p:2x2x4", 16), ("v5e:4x4", 16)):
         found[f"linear-sparse, 32K context, {topology}"] = [
             *("paper-1.3b-linear-sparse", "--topology", topology),
@@ -112,7 +116,8 @@ mc-jax plan paper-1.3b-linear-gated --topology v5p:4x4x4
 ```
 
 The recipe's batch is 128 rows, two for each of 64 chips. On 16 chips the table has as many a chip. What 16,
-64 and 256 chips of a v5p differ in is what weak scaling loses.
+64 and 256 chips of a v5p differ in is what weak scaling loses. Slices send each other their gradients over
+the data center's network.
 
 | model, topology | rows a chip | remat | HBM, GB | step, s | tokens/s a chip | MFU, % | range | commit |
 |---|---|---|---|---|---|---|---|---|
