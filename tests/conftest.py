@@ -12,8 +12,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 # Tests compile hundreds of small programs and run each a few times: half the time of compiling is saved.
 jax.config.update("jax_disable_most_optimizations", True)
-# The same for the TPU's: a training step takes a quarter of the time, and kernels are what they were.
-jax.config.update("jax_optimization_level", "O0")
 
 
 @pytest.fixture
@@ -21,3 +19,12 @@ def x64():
     """Run a test with float64 arrays on."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def quick_tpu_compiler():
+    """Compile what is around kernels without optimisations, a training step in a quarter of the time."""
+    level = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", "O0")
+    yield
+    jax.config.update("jax_optimization_level", level)

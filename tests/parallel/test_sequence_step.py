@@ -167,6 +167,7 @@ def test_each_weight_is_gathered_twice_and_each_gradient_summed_once(linear_step
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_tpu_compiler")
 @pytest.mark.parametrize("memory", ["linear", "delta"])
 def test_a_step_for_four_tpus_that_share_rows_runs_the_kernels(memory):
     model = {"memory": memory, "model_dim": 512, "num_heads": 4, "mlp_dim": 512, "num_layers": 1}

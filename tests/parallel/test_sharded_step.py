@@ -216,6 +216,7 @@ def test_weights_and_moments_are_divided_among_all_devices_that_share_them():
     assert held < total / 4, f"a device holds {held} of {total} numbers; eight share them"
 
 
+@pytest.mark.usefixtures("quick_tpu_compiler")
 @pytest.mark.parametrize("memory", ["linear", "delta", "titans"])
 def test_a_step_for_four_tpus_runs_the_kernels_on_its_rows_and_heads(memory):
     depth = {"memory_depth": 1} if memory == "titans" else {}

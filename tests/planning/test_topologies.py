@@ -18,6 +18,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.usefixtures("quick_tpu_compiler")
 @pytest.mark.parametrize(
     ("topology", "slices", "model", "remat"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
