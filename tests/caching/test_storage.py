@@ -35,11 +35,12 @@ def settings_of(aggregation, memory="linear", **more):
 
 def decoded(found, settings, storage, lengths=(5, 8)):
     """Reads of the tokens after the first `lengths` of each row, and the last cache."""
-    lengths = np.array(lengths, np.int32)
+    lengths = jnp.array(lengths, jnp.int32)
     prefix = int(lengths.max())
     cut = jax.tree.map(lambda x: x[:, :prefix], parts(found))
-    output = forward(*cut, settings, initial_state=found["initial_state"], lengths=jnp.asarray(lengths))
-    cache = output.cache.with_storage(storage)
+    initial = found["initial_state"]
+    run = jax.jit(lambda *cut: forward(*cut, settings, initial_state=initial, lengths=lengths).cache)
+    cache = run(*cut).with_storage(storage)
     step = jax.jit(decode, donate_argnums=5)
     reads = []
     for offset in range(LENGTH - prefix):
@@ -79,7 +80,8 @@ def test_without_the_oldest_memories_tokens_read_the_newest(aggregation, memory,
         return eligible & (newer <= 2)
 
     monkeypatch.setattr(segments, "eligible", newest_two)
-    expected = forward(*parts(found), settings, initial_state=found["initial_state"]).y
+    run = jax.jit(lambda *whole: forward(*whole, settings, initial_state=found["initial_state"]).y)
+    expected = run(*parts(found))
     for row, length in enumerate((5, 8)):
         window = expected[row, length : length + got.shape[1]]
         np.testing.assert_allclose(got[row], window, rtol=1e-9, atol=1e-11)
