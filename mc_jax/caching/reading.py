@@ -20,7 +20,7 @@ from pallas_kernels._state import Weights
 # with most gates zero. Measured on two CPU cores, forward and backward (WORKSPACE.md): both take as long at 3
 # to 6, whatever the dims and top_k.
 GROUPED_FROM = 8
-# The same where both are kernels of a TPU, by their schedules and copies (WORKSPACE.md): as long at 37 on a
+# The same where both are kernels of a TPU, by their schedules and copies (WORKSPACE.md): as long at 43 on a
 # v5e and 45 on a v5p; wide matrix units favour reading all: 74 on a v6e and 78 on a tpu7x.
 GROUPED_FROM_ON_TPU, GROUPED_FROM_ON_WIDE_UNITS = 40, 76
 
