@@ -117,24 +117,30 @@ def _one(name: str, *, seconds: float = 0.0, sends: bool = False, waits_for=None
     )
 
 
-def _seconds(operations, each: float) -> float:
-    """How long a step takes whose sendings take `each` seconds."""
-    sent = Collective(
-        kind="all-gather", axes=("fsdp",), chips=4, bytes=8, times=1, overlaps=True, seconds=each
+def _sent(seconds: float, *, network: bool = False) -> Collective:
+    return Collective(
+        kind="all-reduce",
+        axes=(),
+        chips=2,
+        bytes=8,
+        times=1,
+        overlaps=True,
+        seconds=seconds,
+        network=network,
     )
+
+
+def _speed(operations, sent, sending):
     speed = speed_of(
-        operations,
-        (),
-        (sent,),
-        lambda _: sent,
-        CHIPS["v5e"],
-        chips=4,
-        tokens=1,
-        flops=1.0,
-        kernel_products=0.0,
+        operations, (), sent, sending, CHIPS["v5e"], chips=4, tokens=1, flops=1.0, kernel_products=0.0
     )
     assert speed.tokens_per_second == pytest.approx(1 / speed.seconds)
-    return speed.seconds
+    return speed
+
+
+def _seconds(operations, each: float) -> float:
+    """How long a step takes whose sendings take `each` seconds."""
+    return _speed(operations, (_sent(each),), lambda _: _sent(each)).seconds
 
 
 @pytest.mark.parametrize(
@@ -168,18 +174,6 @@ def test_what_is_sent_at_once_is_waited_for_and_one_sending_goes_after_another()
 
 
 def test_the_network_between_slices_works_beside_the_links_of_a_slice():
-    def one(network: bool) -> Collective:
-        return Collective(
-            kind="all-reduce",
-            axes=(),
-            chips=2,
-            bytes=8,
-            times=1,
-            overlaps=True,
-            seconds=2.0,
-            network=network,
-        )
-
     step = [
         _one("links", sends=True, overlaps=True),
         _one("network", sends=True, overlaps=True),
@@ -187,17 +181,8 @@ def test_the_network_between_slices_works_beside_the_links_of_a_slice():
         _one("links' end", waits_for="links"),
         _one("network's end", waits_for="network"),
     ]
-    speed = speed_of(
-        step,
-        (),
-        (one(False), one(True)),
-        lambda operation: one(operation.name == "network"),
-        CHIPS["v5e"],
-        chips=2,
-        tokens=1,
-        flops=1.0,
-        kernel_products=0.0,
-    )
+    links, network = _sent(2.0), _sent(2.0, network=True)
+    speed = _speed(step, (links, network), lambda one: network if one.name == "network" else links)
     assert speed.seconds == pytest.approx(2.0)
     assert speed.least_seconds == pytest.approx(2.0)
 
