@@ -19,8 +19,9 @@ equals. Vocabulary 32,000, embeddings tied.
 - Expected: 28,610 steps of 524,288 tokens for 15 B, 57,220 for 30 B, 190,735 for 100 B. No run has been made.
 - Time, as the compiler estimates it for two rows a chip (`docs/performance.md`), 100 B tokens on 64 chips:
   1.3b-linear-gated on v5p 0.29 s a step, 16 hours, on v5e 0.72 s, 38 hours, on v6e 0.27 s, 14 hours;
-  1.3b-linear-sparse on v5p 0.30 s, on v5e 0.72 s; 1.3b-titans-gated on v5p 0.58 s, 31 hours;
-  1.3b-transformer on v5p 0.32 s, on v5e 0.73 s. Others: `mc-jax plan NAME --topology v5p:4x4x4`.
+  1.3b-linear-sparse on v5p 0.30 s, on v5e 0.72 s, on v6e 0.28 s; 1.3b-titans-gated on v5p and v6e 0.58 s,
+  31 hours; 1.3b-transformer on v5p 0.32 s, on v5e 0.73 s, on v6e 0.28 s. Others: `mc-jax plan NAME
+  --topology v5p:4x4x4`.
 - What drives it: the products of the MLP (a third) and of the mixer's maps (a quarter); then what is kept
   between layers, norms and the memories' kernels. With titans, these are half of it.
 """
