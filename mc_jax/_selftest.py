@@ -33,7 +33,7 @@ def _any_form(platform: str, _dtype) -> tuple[str, ...]:
 
 
 def _groupings_and_kernel(platform: str, dtype) -> tuple[str, ...]:
-    return (("tpu",) if platform == "tpu" else ()) + _groupings(platform, dtype)
+    return (("tpu_union", "tpu_pairs") if platform == "tpu" else ()) + _groupings(platform, dtype)
 
 
 def _groupings(_platform: str, _dtype) -> tuple[str, ...]:

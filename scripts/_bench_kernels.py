@@ -5,8 +5,9 @@ What XLA makes of an op has estimates in cycles. Both are static: ratios on one 
 
 "streaming" charges a kernel's copies from and to HBM at the rate that XLA's estimates grant operations that
 stream, "peak" at the chip's peak. Blocks that stay where they are from one step of a grid to the next are not
-copied again. The sparse read's loops turn as data tell: its choices are taken to be spread evenly. XLA's
-sorts, of which the sparse read has one, have no estimate and count for nothing.
+copied again. The sparse read's loops turn as data tell, and count as its kernels expect: by pairs choices are
+spread evenly, by unions they agree as a trained model's do. XLA's sorts, of which the read by pairs has one,
+have no estimate and count for nothing.
 
 The bound is the larger of the matrix products at the chip's peak and of reading arguments and writing results
 once at the peak of HBM. Arguments and results have whatever layouts suit: in a model, the operations around
@@ -41,7 +42,7 @@ def bundles(chip: str, ops: list[str] | None = None) -> dict[str, float]:
         make = cases.CASES[name]
         case = make(_TOKENS)
         function, shapes = case.whole("tpu")
-        cost = cost_of(chip, function, *shapes, turns=case.turns, donated=case.donated)
+        cost = cost_of(chip, function, *shapes, donated=case.donated)
         for kernel in cost.kernels:
             key = f"{name}: {kernel.name}"
             found[key] = found.get(key, 0.0) + kernel.calls * kernel.bundles / case.token_heads
@@ -76,7 +77,7 @@ def print_ops(chips: list[str], ops: list[str] | None, *, xla: bool) -> None:
 
 def print_row(name: str, case: cases.Case, function, shapes, products: int, chip: str, xla: bool) -> None:
     """Print one op; `products` is how often its matrix products are made, forward and backward."""
-    ours = cost_of(chip, function("tpu"), *shapes, turns=case.turns, donated=case.donated)
+    ours = cost_of(chip, function("tpu"), *shapes, donated=case.donated)
     bound = max(
         products * case.products / ours.chip.flops_per_cycle,
         products * case.bytes / ours.chip.bytes_per_cycle,
@@ -113,7 +114,7 @@ def print_layer_rows(chip: str, tokens: int, backward: bool) -> None:
     for layer in layers.layers(tokens, backward=backward):
         case = layer.case
         function, shapes = case.whole("tpu") if backward else (case.forward("tpu"), case.shapes)
-        cost = cost_of(chip, function, *shapes, turns=case.turns)
+        cost = cost_of(chip, function, *shapes)
         figures = layer.figures(cost)
         attention = attention or figures
         ratios = "".join(f"{a / b:>9.1f}" for a, b in zip(attention[:3], figures[:3], strict=True))

@@ -1,18 +1,17 @@
 """What scripts/bench_kernels measures: every op at the sizes of a large model's layer.
 
-The sparse read's loops turn as the choices of tokens tell. Its turns are those of choices spread evenly over
-the states before a token's segment.
+The sparse read's loops turn as the choices of tokens tell. By pairs they are taken to be spread evenly over
+all states, by unions to agree as a trained model's do (`pallas_kernels/routed_read`).
 
 Shapes: B batch, T tokens, H heads, K key dim (and value dim), E hidden dim, N states, k choices.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import (
     chunk_memory,
@@ -23,8 +22,6 @@ from pallas_kernels import (
     short_convolution,
 )
 from pallas_kernels._state import OnlineState
-from pallas_kernels.routed_read._tpu_matrix import ROWS, UNROLLED
-from pallas_kernels.routed_read.tpu import plan_of
 
 _HEADS, _DIM, _SEGMENT, _TOP_K = 16, 128, 256, 2
 _SLOTS = 64
@@ -49,8 +46,6 @@ class Case:
     """Which arguments may be overwritten."""
     untouched: int = 0
     """Bytes of arguments and results that are neither read nor written."""
-    turns: Callable[[str], Iterable[float]] | None = None
-    """Of a kernel's loops that depend on data, as `cost_of` asks for them."""
 
     def forward(self, implementation: str) -> Callable:
         """Return the op as a function of its arguments."""
@@ -150,49 +145,28 @@ def matrix_memory(rule: str, tokens: int, *, batch: int = 4) -> Case:
     )
 
 
-def sparse_read(tokens: int, *, batch: int = 4) -> Case:
+def sparse_read(kernel: str, tokens: int, *, batch: int = 4) -> Case:
     """The read of two states by every token."""
+
+    def op(q, gates, indices, states, *, implementation):
+        return sparse(kernel, implementation)(q, gates, indices, states)
+
     q = array(batch, tokens, _HEADS, _DIM)
     states = array(batch, tokens // _SEGMENT, _HEADS, _DIM, _DIM)
     pairs = (batch, tokens, _HEADS, _TOP_K)
     return Case(
-        op=routed_state_read,
+        op=op,
         shapes=(q, array(*pairs, dtype=jnp.float32), array(*pairs, dtype=jnp.int32), states),
         token_heads=batch * tokens * _HEADS,
         products=2 * batch * tokens * _HEADS * _TOP_K * _DIM * _DIM,
-        turns=functools.partial(sparse_turns, q, states, _SEGMENT, _TOP_K),
     )
 
 
-def sparse_turns(
-    q: jax.ShapeDtypeStruct, states: jax.ShapeDtypeStruct, segment: int, choices: int, kernel: str
-) -> Iterable[float]:
-    """Return mean turns of the loops of the sparse read's kernels that depend on data, in their order.
-
-    A token's choices are taken to be spread evenly over the states of the segments before its own: they are
-    equally far from each other, and start at a multiple of the golden ratio. Where there are fewer states
-    than choices the first are read, with gates of 0. Of other kernels nothing is known.
-    """
-    plan = plan_of(q, choices, states)
-    if not kernel.startswith("routed_read") or plan is None:
-        return ()
-    token = np.arange(q.shape[1])
-    eligible = token // segment
-    place = (token[:, None] * (5**0.5 - 1) / 2 + np.arange(choices) / choices) % 1
-    chosen = np.where(
-        eligible[:, None] >= choices, (eligible[:, None] * place).astype(int), np.arange(choices)
-    )
-    groups, rows_of_blocks = 0, []
-    for first in range(0, token.size, plan.length):
-        counts = np.bincount(chosen[first : first + plan.length].ravel())
-        groups += -(-counts.size // plan.group)
-        for count in counts:
-            rows_of_blocks += [min(ROWS, count - start) for start in range(0, count, ROWS)]
-    rows = np.asarray(rows_of_blocks)
-    blocks_of_state = rows.size / (groups * plan.group)
-    copies = [float(np.mean(rows // UNROLLED)), float(np.mean(rows % UNROLLED))]
-    # Of a piece, of a state, and of a block: its rows are copied before and after they are multiplied.
-    return (groups / plan.pieces, blocks_of_state, *copies, *copies)
+def sparse(kernel: str, implementation: str) -> Callable:
+    """Return the sparse read by one of its kernels, where a TPU's is asked for."""
+    if implementation == "tpu":
+        implementation = f"tpu_{kernel}"
+    return functools.partial(routed_state_read, implementation=implementation)
 
 
 def decoding(slots: int = _SLOTS, *, batch: int = 64) -> Case:
@@ -306,6 +280,7 @@ CASES = {
     "decode_step": lambda tokens: decoding(),
     "gated_state_read": state_read,
     "gated_state_read, MLP": mlp_state_read,
-    "routed_state_read": sparse_read,
+    "routed_state_read, pairs": functools.partial(sparse_read, "pairs"),
+    "routed_state_read, union": functools.partial(sparse_read, "union"),
     "short_convolution": convolution,
 }

@@ -5,7 +5,8 @@ of two states a token. Maps, router and gates are not in it, as maps are not in 
 
 The dense read's kernels skip what no token of a block may read. That is counted: by the bounds of their loops
 and the conditions of their branches, at each place of the grid. The loops of the sparse read turn as choices
-tell, which are taken to be spread evenly over the states of earlier segments (`_kernel_cases.sparse_turns`).
+tell: "sparse, spread" takes them to be spread evenly over all states, "sparse, agreeing" to agree as a
+trained model's do.
 Splash attention's skipped blocks are counted as if they ran, so its kernels are halved; XLA's operations
 around them are not.
 
@@ -17,11 +18,11 @@ import functools
 from collections.abc import Iterator
 
 import jax.numpy as jnp
-from _kernel_cases import Case, array, sparse_turns
+from _kernel_cases import Case, array, sparse
 
 from mc_jax.parallel.attention import attend
 from mc_jax.planning.cost import Cost
-from pallas_kernels import chunk_memory, gated_state_read, routed_state_read
+from pallas_kernels import chunk_memory, gated_state_read
 
 _DIM, _TOP_K = 128, 2
 # Beyond, its gradient has more temporary memory than a chip has: queries' gradients for each block of keys.
@@ -71,7 +72,8 @@ def layers(tokens: int, *, backward: bool) -> Iterator[Layer]:
     yield Layer(name="gated, segments of 256", case=_gated(tokens, heads, 256))
     if tokens > 4096:
         yield Layer(name="gated, segments of 1,024", case=_gated(tokens, heads, 1024))
-        yield Layer(name="sparse, segments of 256", case=_sparse(tokens, heads, 256))
+        for name, kernel in (("spread", "pairs"), ("agreeing", "union")):
+            yield Layer(name=f"sparse, {name}, segments of 256", case=_sparse(kernel, tokens, heads, 256))
 
 
 def _attention(tokens, heads) -> Case:
@@ -100,21 +102,19 @@ def _gated(tokens, heads, segment) -> Case:
     )
 
 
-def _sparse(tokens, heads, segment) -> Case:
-    states = array(1, tokens // segment, heads, _DIM, _DIM)
+def _sparse(kernel, tokens, heads, segment) -> Case:
     x, number = array(1, tokens, heads, _DIM), array(1, tokens, heads, dtype=jnp.float32)
     pairs = (1, tokens, heads, _TOP_K)
 
     def op(q, k, v, retention, step, gates, indices, *, implementation):
         online, segments = _online(q, k, v, retention, step, segment, implementation)
-        return online, routed_state_read(q, gates, indices, segments, implementation=implementation)
+        return online, sparse(kernel, implementation)(q, gates, indices, segments)
 
     return Case(
         op=op,
         shapes=(x, x, x, number, number, array(*pairs, dtype=jnp.float32), array(*pairs, dtype=jnp.int32)),
         token_heads=tokens * heads,
         products=0,
-        turns=functools.partial(sparse_turns, x, states, segment, _TOP_K),
     )
 
 

@@ -97,7 +97,6 @@ def cost_of(
     chip: str,
     function: Callable,
     *shapes,
-    turns: Callable[[str], Iterable[float]] | None = None,
     donated: tuple[int, ...] = (),
 ) -> Cost:
     """Compile a function for one chip and read what it costs; `keep_schedules` must have been called.
@@ -108,9 +107,6 @@ def cost_of(
       chip: a name in `CHIPS`.
       function: of arrays.
       *shapes: its arguments, trees of `jax.ShapeDtypeStruct`.
-      turns: for a kernel's name the mean turns of each of its loops that decides them while it runs, for
-        kernels whose loops depend on data; it is called with the chip's mesh set. None, and for a name for
-        which it gives none: what the place in the grid tells, and 1 of loops that depend on more.
       donated: which arguments the function may overwrite.
     """
     forget_schedules()
@@ -125,7 +121,7 @@ def cost_of(
         assert text is not None
         assert memory is not None
         found = tuple(operations(text))
-        kernels = kernels_of(found, _told(counts_of(kernel_works(traced.jaxpr.jaxpr)), turns))
+        kernels = kernels_of(found, counts_of(kernel_works(traced.jaxpr.jaxpr)))
     return Cost(
         chip=CHIPS[chip],
         operations=tuple(operation for operation in found if not operation.is_kernel),
@@ -187,16 +183,6 @@ def _at_places(kernel: Loop, count: Counts) -> int:
                 loop.turns = round(places)
                 return cores
     return 1
-
-
-def _told(
-    counts: Callable[[str], Counts], turns: Callable[[str], Iterable[float]] | None
-) -> Callable[[str], Counts]:
-    def told(name: str) -> Counts:
-        found = tuple(turns(name)) if turns else ()
-        return dataclasses.replace(counts(name), turns=found) if found else counts(name)
-
-    return told
 
 
 def kernel_name(operation: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from mc_jax.planning._products import products_of
 from mc_jax.planning._sendings import Sendings, runs_of, sends
+from pallas_kernels._expected import SELDOM
 
 _HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-<>]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<kind>[a-z][a-z0-9\-]*)\(")
@@ -71,8 +72,9 @@ class Operation:
 def operations(text: str) -> Iterator[Operation]:
     """Yield the operations of an optimized program's text, `compiled.as_text()`, that run on their own.
 
-    Of a conditional all branches count. A `jax.lax.scan` is a loop whose counter is compared with a constant;
-    it begins at 0, or later if the compiler has put the first turns before the loop.
+    Of a conditional all branches count but those said to run seldom (`pallas_kernels._expected`). A
+    `jax.lax.scan` is a loop whose counter is compared with a constant; it begins at 0, or later if the
+    compiler has put the first turns before the loop.
     """
     program = _Program(text)
     yield from program.operations(program.entry, 1)
@@ -99,6 +101,8 @@ class _Program:
                     yield from self.operations(called, times)
             else:
                 cycles, source = _CYCLES.search(line), _SOURCE.search(line)
+                if source and SELDOM in source[1].split("/"):
+                    continue
                 estimate = int(cycles[1]) if cycles else 0
                 frame = _FRAME.search(line)
                 fused = _FUSED.search(line)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels._seldom import SELDOM
+from pallas_kernels._expected import SELDOM, TURNS
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": np.add,
@@ -228,7 +228,7 @@ class _Reader:
         start = equation.params["cond_nconsts"] + equation.params["body_nconsts"]
         first, last = [*inputs[start : start + 2], None, None][:2]
         known = first is not None and last is not None
-        turns = np.maximum(0, last - first) if known else np.ones(1)
+        turns = np.maximum(0, last - first) if known else np.asarray([_expected(equation)])
         if not known or turns.size > 1:  # else the compiler knows it, too
             self.turns.append(float(np.mean(turns * (runs > 0))))
         constants = inputs[equation.params["cond_nconsts"] : start]
@@ -248,6 +248,12 @@ class _Reader:
             if _multiplies(branch):
                 self.shares.append(float(np.sum(taken) / max(1.0, np.sum(self._loop_runs))))
             self.run(branch, inputs[1:], taken)
+
+
+def _expected(equation: Any) -> float:
+    """Turns of a loop that depend on data, as the kernel expects them; 1 where it says nothing."""
+    scope = str(equation.source_info.name_stack).rpartition("/")[2]
+    return float(scope.removeprefix(TURNS)) if scope.startswith(TURNS) else 1.0
 
 
 def _multiplies(program: Any) -> bool:

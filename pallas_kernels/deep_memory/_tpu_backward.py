@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._seldom import when_seldom
+from pallas_kernels._expected import when_seldom
 from pallas_kernels.deep_memory._tpu_chunk import advance, chunk, decay_shares, write
 from pallas_kernels.deep_memory._tpu_layout import Cut, Specs, scratch, segment_ends
 

@@ -1,5 +1,7 @@
 """Reading cached states sparsely: every query reads the few states that are chosen for it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -22,6 +24,8 @@ _IMPLEMENTATIONS = {
     "blocks": xla.in_blocks,
     "ragged_dot": xla.by_ragged_dot,
     "tpu": tpu.routed_state_read,
+    "tpu_union": functools.partial(tpu.routed_state_read, kernels=("union",)),
+    "tpu_pairs": functools.partial(tpu.routed_state_read, kernels=("pairs",)),
     "xla": _xla,
 }
 
@@ -48,8 +52,9 @@ def routed_state_read(
         states, heads, key_dim, hidden], w_out [batch, states, heads, hidden, value_dim]).
       implementation: "tpu", "xla" or "reference"; None picks the best for the platform of the mesh that is
         set (`jax.set_mesh`), or else of the default device. "tpu" is of matrices, float32 and bfloat16, and
-        not split over devices by itself: it belongs in a `jax.shard_map` over batch and heads. "xla" is the
-        best for the platform of "gather", "blocks" and "ragged_dot", which can be asked for as well.
+        not split over devices by itself: it belongs in a `jax.shard_map` over batch and heads. It is
+        "tpu_union" or "tpu_pairs", as suits the indices. "xla" is the best for the platform of "gather",
+        "blocks" and "ragged_dot". All these can be asked for as well.
 
     Returns:
       [batch, length, heads, value_dim] of q's dtype.

@@ -10,7 +10,9 @@ from jax.experimental.pallas import tpu as pltpu
 from tpu_topology import CHIPS, compile_for
 
 from pallas_kernels import routed_state_read
-from pallas_kernels.routed_read import _tpu_pairs
+from pallas_kernels.routed_read import _tpu_chains, _tpu_lists, tpu
+
+KERNELS = ("tpu_union", "tpu_pairs")
 
 # RMS ratios: rounding to bfloat16 of states, of gates times queries and of results is what is allowed.
 BFLOAT16 = {"the result": 5e-3, "q": 8e-3, "gates": 2e-2, "states": 8e-3}
@@ -20,7 +22,8 @@ FLOAT32 = dict.fromkeys(BFLOAT16, 1e-5)
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces of 128 tokens, so that a short row has two."""
-    monkeypatch.setattr(_tpu_pairs, "_PAIRS", 256)
+    monkeypatch.setattr(_tpu_lists, "_PAIRS", 256)
+    monkeypatch.setattr(_tpu_chains, "_STEP", 128)
 
 
 def _arguments(length, states, choices, key_dim, value_dim, *, heads=1):
@@ -47,7 +50,7 @@ def _read_and_gradients(implementation, q, gates, indices, states, out_bar):
     return dict(zip(("the result", "q", "gates", "states"), run(q, gates, states), strict=True))
 
 
-def _assert_close(arguments, tolerance, dtype=jnp.float32, *, detect_races=False):
+def _assert_close(kernel, arguments, tolerance, dtype=jnp.float32, *, detect_races=False):
     q, gates, indices, states, out_bar = arguments
     rounded = q.astype(dtype).astype(q.dtype)
     expected = _read_and_gradients("reference", rounded, gates, indices, states, out_bar)
@@ -55,7 +58,7 @@ def _assert_close(arguments, tolerance, dtype=jnp.float32, *, detect_races=False
     with pltpu.force_tpu_interpret_mode(
         pltpu.InterpretParams(uninitialized_memory="nan", detect_races=detect_races)
     ):
-        got = _read_and_gradients("tpu", q.astype(dtype), gates, indices, states, out_bar)
+        got = _read_and_gradients(kernel, q.astype(dtype), gates, indices, states, out_bar)
         jax.block_until_ready(got)
     assert got["the result"].dtype == got["q"].dtype == dtype
     for name, theirs in expected.items():
@@ -68,31 +71,45 @@ def _assert_close(arguments, tolerance, dtype=jnp.float32, *, detect_races=False
     ("length", "states", "choices", "key_dim", "value_dim", "heads"),
     [(1, 3, 1, 64, 64, 1), (30, 9, 3, 96, 20, 1), (20, 5, 2, 256, 128, 2)],
 )
-def test_matrices_are_read_as_the_reference_reads_them(length, states, choices, key_dim, value_dim, heads):
-    _assert_close(_arguments(length, states, choices, key_dim, value_dim, heads=heads), FLOAT32)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_matrices_are_read_as_the_reference_reads_them(
+    kernel, length, states, choices, key_dim, value_dim, heads
+):
+    _assert_close(kernel, _arguments(length, states, choices, key_dim, value_dim, heads=heads), FLOAT32)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_blocks_read_the_union_of_their_tokens_choices():
+    # More states than a word has bits; blocks of two steps, the last of them short, that read 40 and 10.
+    q, gates, indices, states, out_bar = _arguments(150, 40, 9, 32, 16)
+    indices = indices.at[:, 128:].set(indices[:, 128:] % 10)
+    _assert_close("tpu_union", (q, gates, indices, states, out_bar), FLOAT32)
 
 
 @pytest.mark.usefixtures("small_pieces")
 def test_no_copy_races_another_where_pieces_add_to_a_gradient():
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # what tells of races
 
-    _assert_close(_arguments(135, 11, 1, 16, 16), FLOAT32, detect_races=True)
+    for kernel in KERNELS:
+        _assert_close(kernel, _arguments(135, 11, 1, 16, 16), FLOAT32, detect_races=True)
     assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize("choose", [lambda i: i, jnp.zeros_like], ids=["spread", "all the same"])
-def test_bfloat16_is_accurate_to_rounding(choose):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16_is_accurate_to_rounding(kernel, choose):
     q, gates, indices, states, out_bar = _arguments(70, 6, 2, 64, 64)
-    _assert_close((q, gates, choose(indices), states, out_bar), BFLOAT16, jnp.bfloat16)
+    _assert_close(kernel, (q, gates, choose(indices), states, out_bar), BFLOAT16, jnp.bfloat16)
 
 
-def test_states_that_no_token_reads_are_not_touched():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_states_that_no_token_reads_are_not_touched(kernel):
     q, gates, indices, states, out_bar = _arguments(12, 4, 2, 16, 16)
     expected = _read_and_gradients("reference", q, gates, indices, states, out_bar)
     # The four are the second to the fifth of twelve.
     poisoned = jnp.pad(states, ((0, 0), (1, 7), (0, 0), (0, 0), (0, 0)), constant_values=jnp.nan)
     with pltpu.force_tpu_interpret_mode():
-        got = _read_and_gradients("tpu", q, gates, indices + 1, poisoned, out_bar)
+        got = _read_and_gradients(kernel, q, gates, indices + 1, poisoned, out_bar)
         jax.block_until_ready(got)
     for name in ("the result", "q", "gates"):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5)
@@ -118,17 +135,19 @@ def _gradients(implementation, q, gates, indices, states, out_bar):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_forward_and_backward_compile(chip):
-    # As long as a piece can be, and longer.
+    # As long as a piece can be, and longer. A v4 has no room for so many states.
     compiled = compile_for(
         chip, functools.partial(_gradients, "tpu"), *_described(128, length=33000, states=130)
     )
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    assert kernels == (2 if chip == "v4" else 4), "both kernels are there, forward and backward"
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("dim", "dtype"), [(64, jnp.float32), (96, jnp.bfloat16), (256, jnp.float32)])
-def test_other_head_sizes_and_odd_lengths_compile_where_memory_is_least(dim, dtype):
-    shapes = _described(dim, dtype=dtype, length=5777, choices=3)
-    compile_for("v4", functools.partial(_gradients, "tpu"), *shapes)
+def test_other_head_sizes_and_odd_lengths_compile_where_memory_is_least(kernel, dim, dtype):
+    shapes = _described(dim, dtype=dtype, length=5777, choices=3, states=8)
+    compile_for("v4", functools.partial(_gradients, kernel), *shapes)
 
 
 def test_the_default_is_the_kernel_on_a_tpu_and_not_elsewhere():
@@ -144,3 +163,16 @@ def test_mlps_and_too_many_choices_have_no_kernel():
     many = jnp.zeros((1, 3, 1, 1 << 17), jnp.int32)
     with pytest.raises(ValueError, match="do not fit"):
         routed_state_read(q, many.astype(jnp.float32), many, states, implementation="tpu")
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_which_kernel_runs_is_decided_while_the_program_runs(monkeypatch, agree):
+    """Of choices on which neighbours agree the union; the other kernel is poisoned."""
+    monkeypatch.setattr(tpu, "_AGREE", 2)
+    other = tpu._tpu_pairs if agree else tpu._tpu_union
+    for name in ("read", "read_bar"):
+        run = getattr(other, name)
+        monkeypatch.setattr(other, name, lambda *a, run=run: jax.tree.map(lambda x: x * jnp.nan, run(*a)))
+    q, gates, indices, states, out_bar = _arguments(140, 12, 1, 16, 16)
+    indices = indices // 6 if agree else indices  # two states a block, or all twelve
+    _assert_close("tpu", (q, gates, indices, states, out_bar), FLOAT32)

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mc_jax.planning.turns import counts_of, kernel_works
-from pallas_kernels._seldom import when_seldom
+from pallas_kernels._expected import when_seldom
 
 
 def _kernel(x_ref, y_ref):

@@ -1,0 +1,61 @@
+"""Bringing a head's states into VMEM by copies of a kernel's own, to be rounded, or turned, once a head.
+
+As blocks of the grid's they would have to lie in HBM as they are multiplied: XLA would read and write them
+all before each kernel. What is copied while a head begins has nothing to hide behind but that rounding.
+
+Shapes: B batch, N states, H heads, K key dim, V value dim, G states that are copied together.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+_TOGETHER = 4
+
+
+def together(states: int) -> int:
+    """Return how many of `states` are copied at a time."""
+    return math.gcd(states, _TOGETHER)
+
+
+def scratch(states_BNHKV: jax.Array) -> list:
+    """Return what `bring` needs of VMEM: two groups of states, and their semaphores."""
+    group = together(states_BNHKV.shape[1])
+    return [
+        pltpu.VMEM((2, group, *states_BNHKV.shape[3:]), states_BNHKV.dtype),
+        pltpu.SemaphoreType.DMA((2,)),
+    ]
+
+
+def bring(
+    states_BNHKV, copied_2GKV, arrivals, is_first: jax.Array, take: Callable[[jax.Array, jax.Array], None]
+) -> None:
+    """Call `take` with each state's number and the state, in a kernel whose grid begins with batch and heads.
+
+    Args:
+      states_BNHKV: all, in HBM.
+      copied_2GKV: see `scratch`.
+      arrivals: see `scratch`.
+      is_first: whether this step of the grid is the head's first; at the others nothing happens.
+      take: is called in a loop.
+    """
+    group = copied_2GKV.shape[1]
+    row, head, groups = pl.program_id(0), pl.program_id(1), states_BNHKV.shape[1] // group
+
+    def copy(number):
+        place = jax.lax.rem(number, 2)
+        source = states_BNHKV.at[row, pl.ds(number * group, group), head]
+        return pltpu.make_async_copy(source, copied_2GKV.at[place], arrivals.at[place])
+
+    def turn(number, _):
+        pl.when(number + 1 < groups)(lambda: copy(number + 1).start())
+        copy(number).wait()
+        for state in range(group):
+            take(number * group + state, copied_2GKV[jax.lax.rem(number, 2), state])
+
+    pl.when(is_first)(lambda: copy(0).start())
+    jax.lax.fori_loop(0, jnp.where(is_first, groups, 0), turn, None)
