@@ -32,7 +32,14 @@ def scratch(states_BNHKV: jax.Array) -> list:
 
 
 def bring(
-    states_BNHKV, copied_2GKV, arrivals, is_first: jax.Array, take: Callable[[jax.Array, jax.Array], None]
+    states_BNHKV,
+    copied_2GKV,
+    arrivals,
+    take: Callable[[jax.Array, jax.Array], None],
+    *,
+    when: jax.Array,
+    first: jax.Array | int = 0,
+    count: int | None = None,
 ) -> None:
     """Call `take` with each state's number and the state, in a kernel whose grid begins with batch and heads.
 
@@ -40,15 +47,17 @@ def bring(
       states_BNHKV: all, in HBM.
       copied_2GKV: see `scratch`.
       arrivals: see `scratch`.
-      is_first: whether this step of the grid is the head's first; at the others nothing happens.
-      take: is called in a loop.
+      take: is called in a loop; it counts from `first`.
+      when: at which steps of the grid; at the others nothing happens.
+      first: state to bring.
+      count: of states, a multiple of those that are copied at a time; None: all.
     """
     group = copied_2GKV.shape[1]
-    row, head, groups = pl.program_id(0), pl.program_id(1), states_BNHKV.shape[1] // group
+    row, head, groups = pl.program_id(0), pl.program_id(1), (count or states_BNHKV.shape[1]) // group
 
     def copy(number):
         place = jax.lax.rem(number, 2)
-        source = states_BNHKV.at[row, pl.ds(number * group, group), head]
+        source = states_BNHKV.at[row, pl.ds(first + number * group, group), head]
         return pltpu.make_async_copy(source, copied_2GKV.at[place], arrivals.at[place])
 
     def turn(number, _):
@@ -57,5 +66,6 @@ def bring(
         for state in range(group):
             take(number * group + state, copied_2GKV[jax.lax.rem(number, 2), state])
 
-    pl.when(is_first)(lambda: copy(0).start())
-    jax.lax.fori_loop(0, jnp.where(is_first, groups, 0), turn, None)
+    # Loops, and no branches, so that how often they run can be read off the program.
+    jax.lax.fori_loop(0, jnp.where(when, 1, 0), lambda number, _: copy(number).start(), None)
+    jax.lax.fori_loop(0, jnp.where(when, groups, 0), turn, None)

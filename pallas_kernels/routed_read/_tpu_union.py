@@ -82,7 +82,7 @@ def _read_kernel(
     def turn(state, copied_KV):
         states_NVK[state] = copied_KV.T.astype(states_NVK.dtype)
 
-    bring(states_BNHKV, copied_2GKV, arrivals, pl.program_id(2) == 0, turn)
+    bring(states_BNHKV, copied_2GKV, arrivals, turn, when=pl.program_id(2) == 0)
 
     def read_block(block, tokens):
         sum_VC[...] = jnp.zeros_like(sum_VC)
@@ -183,7 +183,7 @@ def _read_bar_kernel(
         states_NKV[state] = copied_KV.astype(states_NKV.dtype)
         states_bar_NKV[state] = jnp.zeros(copied_KV.shape, jnp.float32)
 
-    bring(states_BNHKV, copied_2GKV, arrivals, pl.program_id(2) == 0, begin)
+    bring(states_BNHKV, copied_2GKV, arrivals, begin, when=pl.program_id(2) == 0)
 
     def read_block(block, tokens):
         q, out_bar = q_KA[:, tokens].astype(jnp.float32), out_bar_VA[:, tokens]

@@ -3,6 +3,9 @@
 Forward, the states of a group lie side by side and the queries weighed by their gates below each other: the
 sum over the states is the matrix product's own, [M_1 M_2 ...] [g_1 q; g_2 q; ...].
 
+Where all of a head's states are in VMEM at once, and backward, they come by copies of the kernel's own, which
+rounds them, and forward turns them. Elsewhere XLA does so before.
+
 Backward, with P_n = M_n dO, the gradients are dq = sum_n g_n P_n, dg_n = <P_n, q> and dM_n = (g_n q) dO^T: no
 read is made again. The states' gradients grow in VMEM while the tokens of a piece pass; the queries' wait
 there until every state has passed.
@@ -19,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._platform import has_wide_units
 from pallas_kernels._state import state_dtype
+from pallas_kernels._tpu_states import bring, scratch
 from pallas_kernels.state_read import _tpu_tiling as tiles
 from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, Tiling, product
 
@@ -53,29 +57,45 @@ def read(q: jax.Array, gates: jax.Array, states: jax.Array, segment_length: int 
         most=most,
         length=length,
     )
-    states_BNHKV = tiles.pad_states(states.astype(q.dtype), tiling)
+    states_BNHKV = tiles.pad_states(states, tiling)
     rows, columns = states_BNHKV.shape[3:]
     count = tiles.beside(rows, tiling)
     specs = ForwardSpecs(tiling)
+    brings = tiling.tiles == 1 and count == 1
+    own = [pltpu.VMEM((states_BNHKV.shape[1], columns, rows), q.dtype), *scratch(states_BNHKV)]
     out_BHVT = pl.pallas_call(
         functools.partial(_read_kernel, tiling, count, weigh_in),
         grid=(batch, heads, tiling.blocks, tiling.tiles),
-        in_specs=[specs.tokens(rows), specs.gates(), specs.states(columns, count * rows, count)],
+        in_specs=[
+            specs.tokens(rows),
+            specs.gates(),
+            pl.BlockSpec(memory_space=pl.ANY) if brings else specs.states(columns, count * rows, count),
+        ],
         out_specs=specs.tokens(columns),
         out_shape=jax.ShapeDtypeStruct((batch, heads, columns, tiling.tokens), q.dtype),
-        scratch_shapes=[pltpu.VMEM((columns, tiling.length), state_dtype(q))],
-        compiler_params=tiles.parameters("parallel", "parallel", "parallel", "arbitrary"),
+        scratch_shapes=[pltpu.VMEM((columns, tiling.length), state_dtype(q)), *(own if brings else [])],
+        compiler_params=tiles.parameters(
+            "parallel", "parallel", "arbitrary" if brings else "parallel", "arbitrary"
+        ),
         name="state_read",
     )(
         tiles.lanes(q, tiling.tokens),
         tiles.gate_groups(gates, tiling),
-        tiles.side_by_side(states_BNHKV, count),
+        states_BNHKV if brings else tiles.side_by_side(states_BNHKV.astype(q.dtype), count),
     )
     return tiles.from_lanes(out_BHVT, tokens, value_dim)
 
 
-def _read_kernel(tiling: Tiling, beside, weigh_in, q_KC, gates_SGC, states_xVy, out_VC, sum_VC):
+def _read_kernel(tiling: Tiling, beside, weigh_in, q_KC, gates_SGC, states, out_VC, sum_VC, *own):
     block, tile = pl.program_id(2), pl.program_id(3)
+    states_xVy, *copied = own or (states,)
+    if copied:
+
+        def turn(state, copied_KV):
+            states_xVy[state] = copied_KV.T.astype(states_xVy.dtype)
+
+        copied_2GKV, arrivals = copied
+        bring(states, copied_2GKV, arrivals, turn, when=block == 0)
 
     @pl.when(tile == 0)
     def _():
@@ -124,20 +144,29 @@ def read_bar(
     )
     q_BHKT = tiles.lanes(q, tiling.tokens)
     gates_BHSGT = tiles.gate_groups(gates, tiling)
-    states_BNHKV = tiles.pad_states(states.astype(q.dtype), tiling)
+    states_BNHKV = tiles.pad_states(states, tiling)
     rows, columns = states_BNHKV.shape[3:]
     specs = BackwardSpecs(tiling)
     q_bar, gates_bar, states_bar = pl.pallas_call(
         functools.partial(_read_bar_kernel, tiling),
         grid=(batch, heads, tiling.pieces, tiling.tiles, tiling.blocks),
-        in_specs=[specs.tokens(rows), specs.gates(), specs.states(rows, columns), specs.tokens(columns)],
+        in_specs=[
+            specs.tokens(rows),
+            specs.gates(),
+            pl.BlockSpec(memory_space=pl.ANY),
+            specs.tokens(columns),
+        ],
         out_specs=[specs.tokens_bar(rows), specs.gates_bar(), specs.states_bar(rows, columns)],
         out_shape=[
             jax.ShapeDtypeStruct(q_BHKT.shape, q.dtype),
             jax.ShapeDtypeStruct(gates_BHSGT.shape, dtype),
             jax.ShapeDtypeStruct((tiling.pieces, *states_BNHKV.shape), dtype),
         ],
-        scratch_shapes=[pltpu.VMEM((tiling.blocks, rows, tiling.length), dtype)],
+        scratch_shapes=[
+            pltpu.VMEM((tiling.blocks, rows, tiling.length), dtype),
+            pltpu.VMEM((tiling.tile * tiling.group, rows, columns), q.dtype),
+            *scratch(states_BNHKV),
+        ],
         compiler_params=tiles.parameters("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
         name="state_read_backward",
     )(q_BHKT, gates_BHSGT, states_BNHKV, tiles.lanes(out_bar.astype(q.dtype), tiling.tokens))
@@ -152,20 +181,26 @@ def _read_bar_kernel(
     tiling: Tiling,
     q_KC,
     gates_SGC,
-    states_NKV,
+    states_BNHKV,
     out_bar_VC,
     q_bar_KC,
     gates_bar_SGC,
     states_bar_NKV,
     sum_RKC,
+    states_NKV,
+    copied_2GKV,
+    arrivals,
 ):
     piece, tile, block = pl.program_id(2), pl.program_id(3), pl.program_id(4)
     q, out_bar = q_KC[...].astype(sum_RKC.dtype), out_bar_VC[...]
     key_dim, value_dim = q.shape[0], out_bar.shape[0]
 
-    @pl.when(block == 0)
-    def _():
-        states_bar_NKV[...] = jnp.zeros_like(states_bar_NKV)
+    def begin(state, copied_KV):
+        states_NKV[state] = copied_KV.astype(states_NKV.dtype)
+        states_bar_NKV[state] = jnp.zeros(states_bar_NKV.shape[1:], states_bar_NKV.dtype)
+
+    count = states_NKV.shape[0]
+    bring(states_BNHKV, copied_2GKV, arrivals, begin, when=block == 0, first=tile * count, count=count)
 
     @pl.when(tile == 0)
     def _():

@@ -64,10 +64,13 @@ def _read_and_gradients(implementation, q, gates, states, out_bar, segment_lengt
     return {"the result": out, "q": q_bar, "gates": gates_bar, "states": states_bar}
 
 
-def _assert_close(arguments, tolerance, dtype=jnp.float32, segment_length=None):
+def _assert_close(arguments, tolerance, dtype=jnp.float32, segment_length=None, *, detect_races=False):
     q, gates, states, out_bar = arguments
     expected = _read_and_gradients("reference", q, gates, states, out_bar, segment_length)
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+    pltpu.reset_tpu_interpret_mode_state()
+    with pltpu.force_tpu_interpret_mode(
+        pltpu.InterpretParams(uninitialized_memory="nan", detect_races=detect_races)
+    ):
         got = _read_and_gradients("tpu", q.astype(dtype), gates, states, out_bar, segment_length)
         jax.block_until_ready(got)
     assert got["the result"].dtype == got["q"].dtype == dtype
@@ -105,6 +108,16 @@ def test_mlps_are_read_as_the_reference_reads_them(length, states, key_dim, hidd
 def test_rows_and_heads_do_not_mix(hidden):
     arguments = _arguments(70, 6, 16, 16, hidden=hidden, batch=2, heads=2, segment_length=11)
     _assert_close(arguments, FLOAT32, segment_length=11)
+
+
+def test_no_copy_of_states_races_another(monkeypatch):
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # what tells of races
+
+    monkeypatch.setattr(_tpu_matrix, "_LENGTH", 128)
+    # Two blocks of tokens, of two heads; all states in VMEM at once, which come in three groups.
+    arguments = _arguments(200, 9, 128, 16, heads=2, segment_length=20)
+    _assert_close(arguments, FLOAT32, segment_length=20, detect_races=True)
+    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize(
