@@ -64,7 +64,11 @@ class Grid:
 
     def pad(self, x: jax.Array) -> jax.Array:
         """Repeat the last token of [B, T, ...] up to the grid's end."""
-        return jnp.pad(x, [(0, 0), (0, self.tokens - x.shape[1])] + [(0, 0)] * (x.ndim - 2), mode="edge")
+        more = self.tokens - x.shape[1]
+        if more == 0:
+            return x
+        # Of `jnp.pad` with mode "edge" the gradient would add zeros along every axis.
+        return jnp.concatenate([x, jnp.repeat(x[:, -1:], more, axis=1)], axis=1)
 
     def cut(self, x: jax.Array, independent: bool) -> jax.Array:
         """Turn [B, S*N*C, ...] into [S, B, N, C, ...], or [1, B*S, N, C, ...] if `independent`."""

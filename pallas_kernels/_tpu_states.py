@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_TOGETHER = 4
+_TOGETHER = 8
 
 
 def together(states: int) -> int:

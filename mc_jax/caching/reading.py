@@ -13,16 +13,16 @@ from mc_jax.caching import logarithmic
 from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Scores, Selection
 from mc_jax.caching.settings import Settings
 from mc_jax.memories import Memory
-from pallas_kernels._platform import has_wide_units, platform
+from pallas_kernels._platform import platform
 from pallas_kernels._state import Weights
 
 # From how many cached states for each selected one on, tokens are grouped by state, and not all states read
 # with most gates zero. Measured on two CPU cores, forward and backward (WORKSPACE.md): both take as long at 3
 # to 6, whatever the dims and top_k.
 GROUPED_FROM = 8
-# The same where both are kernels of a TPU, by their schedules and copies (WORKSPACE.md): as long at 43 on a
-# v5e and 45 on a v5p; wide matrix units favour reading all: 74 on a v6e and 78 on a tpu7x.
-GROUPED_FROM_ON_TPU, GROUPED_FROM_ON_WIDE_UNITS = 40, 76
+# The same where both are kernels of a TPU, by their schedules and copies, where neighbours agree as in a trained
+# model (WORKSPACE.md): as long at 16 on v5e and v5p and at 22 on v6e and tpu7x.
+GROUPED_FROM_ON_TPU = 20
 
 
 class Routing(NamedTuple):
@@ -118,5 +118,5 @@ def _is_grouped(settings: Settings, eligible: jax.Array, weights: Weights) -> bo
         return states > settings.top_k
     least = GROUPED_FROM
     if platform() == "tpu" and not isinstance(weights, tuple):
-        least = GROUPED_FROM_ON_WIDE_UNITS if has_wide_units() else GROUPED_FROM_ON_TPU
+        least = GROUPED_FROM_ON_TPU
     return states >= least * settings.top_k

@@ -92,7 +92,7 @@ def _read_kernel(tiling: Tiling, beside, weigh_in, q_KC, gates_SGC, states, out_
     if copied:
 
         def turn(state, copied_KV):
-            states_xVy[state] = copied_KV.T.astype(states_xVy.dtype)
+            states_xVy[state] = copied_KV.astype(states_xVy.dtype).T
 
         copied_2GKV, arrivals = copied
         bring(states, copied_2GKV, arrivals, turn, when=block == 0)
