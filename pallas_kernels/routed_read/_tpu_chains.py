@@ -7,6 +7,7 @@ numbers of a list, W words of 32 bits.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ from pallas_kernels._tpu_states import together
 SUBLANES, ROWS = 8, 16
 # Tokens of a block: as many as a matrix unit is wide. More would read more states.
 _LENGTH, _LENGTH_WIDE = 128, 256
-# States a choice that a block of so many tokens reads, in a small model of text (WORKSPACE.md).
-_AGREED = {_LENGTH: 6.0, _LENGTH_WIDE: 7.5}
+# States a choice that a block of so many tokens reads where there are 32 to choose from, in a small model of
+# text (WORKSPACE.md); one more for twice as many.
+_AGREED, _AGREED_OF = {_LENGTH: 6.0, _LENGTH_WIDE: 7.25}, 32
 # Tokens of a step of the grid, at most.
 _STEP = 1024
 # Of VMEM, for states, their gradients, and the tokens of a step.
@@ -67,7 +69,9 @@ class Plan:
         If tokens agree as measured: where there are few states to choose from they read most of them, and
         halfway through the tokens half of all are there.
         """
-        states = min(_AGREED[self.length] * self.choices, self.states / 2)
+        eligible = self.states / 2
+        a_choice = _AGREED[self.length] + max(0.0, math.log2(eligible / _AGREED_OF))
+        states = min(a_choice * self.choices, eligible)
         groups = states / few + (1 - 1 / few) / 2
         remain = (many // few - 1) / 2
         return max(groups - remain, 0.0) / (many // few), remain
