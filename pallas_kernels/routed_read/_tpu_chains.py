@@ -82,9 +82,9 @@ def fit(q: jax.Array, choices: int, states: jax.Array, *, vmem: int | None) -> P
     length = _LENGTH_WIDE if has_wide_units() else _LENGTH
     tokens, key_dim = q.shape[1], q.shape[3]
     count, value_dim = states.shape[1], states.shape[4]
-    # Gradients, blocks of tokens and copied states are there twice, since the next are on their way.
+    # Blocks of tokens and copied states are there twice, since the next are on their way.
     matrix = _whole(key_dim, ROWS) * _whole(value_dim, 128)
-    matrices = matrix * (count * (q.dtype.itemsize + 2 * 4) + 2 * together(count) * 4)
+    matrices = matrix * (count * (q.dtype.itemsize + 4) + 2 * together(count) * 4)
     rows = 2 * ((2 * key_dim + value_dim) * q.dtype.itemsize + 3 * 4 * _whole(choices, SUBLANES))
     most = int(_SHARE * (vmem or _VMEM) - matrices) // rows
     if most < length:

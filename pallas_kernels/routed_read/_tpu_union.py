@@ -307,4 +307,6 @@ class _Specs:
 
     def states(self, rows: int, columns: int) -> pl.BlockSpec:
         """Of [B, N, H, K, V]: a head's, [N, K, V]."""
-        return pl.BlockSpec((None, self._plan.states, None, rows, columns), lambda b, h, t: (b, 0, h, 0, 0))
+        block = (None, self._plan.states, None, rows, columns)
+        # There once: the next head's would need as much room again.
+        return pl.BlockSpec(block, lambda b, h, t: (b, 0, h, 0, 0), pipeline_mode=pl.Buffered(1))

@@ -47,7 +47,9 @@ def workplace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(workplace):
     """The folder of a run that nothing disturbed."""
-    subprocess.run(_command("whole"), cwd=workplace, env=_environment(), check=True, capture_output=True)
+    subprocess.run(
+        _command("whole"), cwd=workplace, env=_environment(workplace), check=True, capture_output=True
+    )
     return workplace / "runs" / "whole"
 
 
@@ -57,8 +59,15 @@ def _command(name: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu"}
+def _environment(workplace: pathlib.Path) -> dict[str, str]:
+    """All runs but the first find its programs compiled, without most optimisations as in all tests."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(workplace / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def _steps(run: pathlib.Path) -> list[dict]:
@@ -76,7 +85,7 @@ def test_a_run_killed_half_way_ends_as_one_that_was_not(workplace, whole):
     process = subprocess.Popen(
         _command("killed"),
         cwd=workplace,
-        env=_environment(),
+        env=_environment(workplace),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -92,7 +101,9 @@ def test_a_run_killed_half_way_ends_as_one_that_was_not(workplace, whole):
     reached = len(_lines(killed))
     assert 10 <= reached < 40, f"the kill came at step {reached}, too early or too late to tell anything"
 
-    subprocess.run(_command("killed"), cwd=workplace, env=_environment(), check=True, capture_output=True)
+    subprocess.run(
+        _command("killed"), cwd=workplace, env=_environment(workplace), check=True, capture_output=True
+    )
     same = [{k: line[k] for k in ("step", "tokens", "loss", "grad_norm")} for line in _steps(whole)]
     assert [{k: line[k] for k in same[0]} for line in _steps(killed)] == same
     assert _held_out(killed) == _held_out(whole)
@@ -107,7 +118,9 @@ def _lines(run: pathlib.Path) -> list[str]:
 def test_a_finished_run_started_again_trains_no_more_but_reports_again(workplace, whole):
     before = (whole / "metrics.jsonl").read_text()
     (whole / "report.html").unlink()
-    subprocess.run(_command("whole"), cwd=workplace, env=_environment(), check=True, capture_output=True)
+    subprocess.run(
+        _command("whole"), cwd=workplace, env=_environment(workplace), check=True, capture_output=True
+    )
     assert (whole / "metrics.jsonl").read_text() == before
     assert (whole / "report.html").exists()
 
@@ -117,7 +130,7 @@ def test_a_folder_with_another_run_is_refused_with_the_differences(workplace, wh
     refused = subprocess.run(
         [*_command("whole"), "--training.learning-rate", "0.5"],
         cwd=workplace,
-        env=_environment(),
+        env=_environment(workplace),
         capture_output=True,
         text=True,
         check=False,
