@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from tpu_topology import compile_for
 
 from mc_jax.planning.program import operations
+from pallas_kernels._expected import SELDOM
 
 
 def _layers(x, weights):
@@ -26,6 +27,20 @@ def test_what_is_in_a_loop_runs_as_often_as_the_loop():
     # 512^3 multiplications on four units of 128 x 128; the weights come from HBM, which takes longer.
     assert 1 <= product.cycles / (512**3 / (4 * 128 * 128)) < 8
     assert any("sin" in operation.source for operation in found), "both branches of a conditional count"
+
+
+def test_a_branch_that_is_said_to_run_seldom_does_not_count():
+    def run(x):
+        def seldom(x):
+            with jax.named_scope(SELDOM):
+                return jnp.cosh(x @ x)
+
+        return jax.lax.cond(jnp.sum(x) > 0, jnp.sin, seldom, x)
+
+    x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
+    found = list(operations(compile_for("v5e", run, x).as_text()))
+    assert any("sin" in operation.source for operation in found)
+    assert not any(operation.products for operation in found)
 
 
 # As the compiler writes a loop whose first turn it has put before it.

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mc_jax.planning.turns import counts_of, kernel_works
-from pallas_kernels._expected import when_seldom
+from pallas_kernels._expected import loop, when_seldom
 
 
 def _kernel(x_ref, y_ref):
@@ -127,3 +127,31 @@ def test_copies_that_a_kernel_says_to_be_seldom_are_not_counted():
     (work,) = kernel_works(traced.jaxpr.jaxpr)
     assert work.seldom == 4 * 8 * 128 * 4, "at each of four places, of the smaller of the copy's two ends"
     assert work.moved == 8 * 128 * 4, "the result alone"
+
+
+def test_loops_that_depend_on_data_turn_as_often_as_they_expect():
+    def kernel(stops, y_ref):
+        def add(_, carry):
+            y_ref[...] += 1
+            return carry
+
+        def add_often(_, carry):
+            return jax.lax.fori_loop(0, stops[1], add, carry)
+
+        loop(stops[0], add_often, None, expected=2.5)
+        jax.lax.fori_loop(0, stops[1], add, None)
+
+    call = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(4,),
+            in_specs=[],
+            out_specs=pl.BlockSpec((8, 128), lambda i, _: (0, 0)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        name="stops",
+    )
+    traced = jax.jit(lambda stops: call(stops)).trace(jax.ShapeDtypeStruct((2,), jnp.int32))
+    (work,) = kernel_works(traced.jaxpr.jaxpr)
+    assert work.turns == (2.5, 1.0, 1.0), "a loop in one, and one that says nothing, turn once"
