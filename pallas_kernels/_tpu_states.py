@@ -22,9 +22,9 @@ def together(states: int) -> int:
     return math.gcd(states, _TOGETHER)
 
 
-def scratch(states_BNHKV: jax.Array) -> list:
-    """Return what `bring` needs of VMEM: two groups of states, and their semaphores."""
-    group = together(states_BNHKV.shape[1])
+def scratch(states_BNHKV: jax.Array, count: int | None = None) -> list:
+    """Return what `bring` needs of VMEM for as many states: two groups of them, and their semaphores."""
+    group = together(count or states_BNHKV.shape[1])
     return [
         pltpu.VMEM((2, group, *states_BNHKV.shape[3:]), states_BNHKV.dtype),
         pltpu.SemaphoreType.DMA((2,)),
@@ -50,10 +50,11 @@ def bring(
       take: is called in a loop; it counts from `first`.
       when: at which steps of the grid; at the others nothing happens.
       first: state to bring.
-      count: of states, a multiple of those that are copied at a time; None: all.
+      count: of states, as given to `scratch`; None: all.
     """
-    group = copied_2GKV.shape[1]
-    row, head, groups = pl.program_id(0), pl.program_id(1), (count or states_BNHKV.shape[1]) // group
+    group, count = copied_2GKV.shape[1], count or states_BNHKV.shape[1]
+    assert count % group == 0, f"{group} states at a time do not make {count}"
+    row, head, groups = pl.program_id(0), pl.program_id(1), count // group
 
     def copy(number):
         place = jax.lax.rem(number, 2)

@@ -165,7 +165,7 @@ def read_bar(
         scratch_shapes=[
             pltpu.VMEM((tiling.blocks, rows, tiling.length), dtype),
             pltpu.VMEM((tiling.tile * tiling.group, rows, columns), q.dtype),
-            *scratch(states_BNHKV),
+            *scratch(states_BNHKV, tiling.tile * tiling.group),
         ],
         compiler_params=tiles.parameters("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
         name="state_read_backward",

@@ -87,7 +87,7 @@ def _flat(tree):
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("length", "states", "key_dim", "value_dim", "segment_length"),
-    [(1, 3, 64, 64, None), (129, 9, 96, 96, None), (300, 9, 128, 128, 30), (257, 5, 256, 20, 64)],
+    [(1, 3, 64, 64, None), (129, 13, 96, 96, None), (300, 9, 128, 128, 30), (257, 5, 256, 20, 64)],
 )
 def test_matrices_are_read_as_the_reference_reads_them(length, states, key_dim, value_dim, segment_length):
     arguments = _arguments(length, states, key_dim, value_dim, segment_length=segment_length)
