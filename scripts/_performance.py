@@ -117,8 +117,8 @@ mc-jax plan paper-1.3b-linear-gated --topology v5p:4x4x4
 
 The recipe's batch is 128 rows, two for each of 64 chips. On 16 chips the table has as many a chip. What 16,
 64 and 256 chips of a v5p differ in is what weak scaling loses. Slices send each other their gradients over
-the data center's network. Sparse reads of 32K are reckoned as if neighbouring tokens agreed on states as those
-of a small trained model do.
+the data center's network. Sparse reads of 32K are reckoned as if neighbouring tokens agreed on states as
+those of a small trained model do.
 
 | model, topology | rows a chip | remat | HBM, GB | step, s | tokens/s a chip | MFU, % | range | commit |
 |---|---|---|---|---|---|---|---|---|
