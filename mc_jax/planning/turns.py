@@ -60,7 +60,7 @@ class KernelWork:
     moved: float
     """The same without those that stay from one place to the next."""
     seldom: float
-    """Bytes of copies that the kernel says to be seldom (`pallas_kernels._seldom`), if all were made."""
+    """Bytes of copies that the kernel says to be seldom (`pallas_kernels._expected`), if all were made."""
     times: int
     """How often the program runs it, on a device."""
 
