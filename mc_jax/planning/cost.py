@@ -101,8 +101,8 @@ def cost_of(
 ) -> Cost:
     """Compile a function for one chip and read what it costs; `keep_schedules` must have been called.
 
-    Arguments and results have whatever layouts suit: in a model, what is around a function takes them on. Loops
-    of kernels that depend on data turn as often as those expect (`pallas_kernels._expected`).
+    Arguments and results have whatever layouts suit: in a model, what is around a function takes them on.
+    Loops of kernels that depend on data turn as often as those expect (`pallas_kernels._expected`).
 
     Args:
       chip: a name in `CHIPS`.
