@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._expected import loop
 from pallas_kernels._platform import has_wide_units
+from pallas_kernels._tpu_lanes import from_lanes, lanes, product, product_of_lanes
 from pallas_kernels._tpu_states import bring, scratch
 from pallas_kernels.routed_read._tpu_chains import ROWS, SUBLANES, Plan
 
@@ -61,8 +62,8 @@ def read(
         ],
         compiler_params=_parameters(vmem),
         name="routed_read_union",
-    )(chains, _lanes(q, plan), _choices(gates, plan, 0), _choices(indices, plan, -1), states_BNHKV)
-    return _from_lanes(out, tokens, states.shape[4])
+    )(chains, lanes(q, plan.tokens), _choices(gates, plan, 0), _choices(indices, plan, -1), states_BNHKV)
+    return from_lanes(out, tokens, states.shape[4])
 
 
 def _read_kernel(
@@ -95,9 +96,9 @@ def _read_kernel(
                 weighed.append((gate.astype(q.dtype) * q).astype(q_KA.dtype))
             matrices = [states_NVK[place] for place in places]
             if q_KA.shape[0] % 128 == 0:
-                sum_VC[...] += _product(jnp.concatenate(matrices, axis=1), jnp.concatenate(weighed, axis=0))
+                sum_VC[...] += product(jnp.concatenate(matrices, axis=1), jnp.concatenate(weighed, axis=0))
             else:  # side by side they would not be whole registers
-                sum_VC[...] += sum(map(_product, matrices, weighed))
+                sum_VC[...] += sum(map(product, matrices, weighed))
 
         _for_states(plan, list_L, block, read_states)
         out_VA[:, tokens] = sum_VC[...].astype(out_VA.dtype)
@@ -149,15 +150,15 @@ def read_bar(
         name="routed_read_union_backward",
     )(
         chains,
-        _lanes(q, plan),
+        lanes(q, plan.tokens),
         gates_BHkT,
         _choices(indices, plan, -1),
-        _lanes(out_bar.astype(q.dtype), plan),
+        lanes(out_bar.astype(q.dtype), plan.tokens),
         states_BNHKV,
     )
     return (
-        _from_lanes(q_bar, tokens, key_dim),
-        _from_lanes(gates_bar, tokens, plan.choices),
+        from_lanes(q_bar, tokens, key_dim),
+        from_lanes(gates_bar, tokens, plan.choices),
         states_bar[..., :key_dim, :value_dim],
     )
 
@@ -192,7 +193,7 @@ def _read_bar_kernel(
         sum_kC[...] = jnp.zeros_like(sum_kC)
 
         def read_states(numbers, places):
-            p = _product(jnp.concatenate([states_NKV[place] for place in places], axis=0), out_bar)
+            p = product(jnp.concatenate([states_NKV[place] for place in places], axis=0), out_bar)
             q_bar, gates_bar, weighed = sum_KC[...], sum_kC[...], []
             for at, number in enumerate(numbers):
                 mine = indices_kA[:, tokens] == number
@@ -202,7 +203,7 @@ def _read_bar_kernel(
                 gates_bar += jnp.where(mine, jnp.sum(p_KC * q, axis=0, keepdims=True), 0.0)
                 weighed.append((gate * q).astype(q_KA.dtype))
             sum_KC[...], sum_kC[...] = q_bar, gates_bar
-            more = _product_of_lanes(jnp.concatenate(weighed, axis=0), out_bar)
+            more = product_of_lanes(jnp.concatenate(weighed, axis=0), out_bar)
             for at, place in enumerate(places):
                 states_bar_NKV[place] += more[at * key_dim : (at + 1) * key_dim]
 
@@ -245,24 +246,6 @@ def _for_states(plan: Plan, list_L, block, visit):
     many, few = plan.expected_turns(_MANY, _FEW)
     number = loop(whole, functools.partial(turn, _MANY), first, expected=many)
     loop(rest, functools.partial(turn, _FEW), number, expected=few)
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _product_of_lanes(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _lanes(x_BTHK: jax.Array, plan: Plan) -> jax.Array:
-    """Tokens along lanes: [B, H, K, T], padded with zeros."""
-    more = ((0, 0), (0, plan.tokens - x_BTHK.shape[1]), (0, 0), (0, -x_BTHK.shape[3] % ROWS))
-    return jnp.pad(x_BTHK, more).transpose(0, 2, 3, 1)
-
-
-def _from_lanes(x_BHKT: jax.Array, tokens: int, dim: int) -> jax.Array:
-    return x_BHKT.transpose(0, 3, 1, 2)[:, :tokens, :, :dim]
 
 
 def _choices(x_BTHk: jax.Array, plan: Plan, absent: int) -> jax.Array:

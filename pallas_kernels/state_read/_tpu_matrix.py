@@ -22,9 +22,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._platform import has_wide_units
 from pallas_kernels._state import state_dtype
+from pallas_kernels._tpu_lanes import from_lanes, lanes, product, product_of_lanes
 from pallas_kernels._tpu_states import bring, scratch
 from pallas_kernels.state_read import _tpu_tiling as tiles
-from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, Tiling, product
+from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, Tiling
 
 # Tokens of a block, backward and forward, and of one matrix product. A matrix unit 256 wide passes over the
 # products of 16 states so quickly that a block has to be long for its start and end not to matter.
@@ -79,11 +80,11 @@ def read(q: jax.Array, gates: jax.Array, states: jax.Array, segment_length: int 
         ),
         name="state_read",
     )(
-        tiles.lanes(q, tiling.tokens),
+        lanes(q, tiling.tokens),
         tiles.gate_groups(gates, tiling),
         states_BNHKV if brings else tiles.side_by_side(states_BNHKV.astype(q.dtype), count),
     )
-    return tiles.from_lanes(out_BHVT, tokens, value_dim)
+    return from_lanes(out_BHVT, tokens, value_dim)
 
 
 def _read_kernel(tiling: Tiling, beside, weigh_in, q_KC, gates_SGC, states, out_VC, sum_VC, *own):
@@ -142,7 +143,7 @@ def read_bar(
         length=_LENGTH,
         piece=tiles.room_for_queries() // (key_dim * dtype.itemsize),
     )
-    q_BHKT = tiles.lanes(q, tiling.tokens)
+    q_BHKT = lanes(q, tiling.tokens)
     gates_BHSGT = tiles.gate_groups(gates, tiling)
     states_BNHKV = tiles.pad_states(states, tiling)
     rows, columns = states_BNHKV.shape[3:]
@@ -169,9 +170,9 @@ def read_bar(
         ],
         compiler_params=tiles.parameters("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
         name="state_read_backward",
-    )(q_BHKT, gates_BHSGT, states_BNHKV, tiles.lanes(out_bar.astype(q.dtype), tiling.tokens))
+    )(q_BHKT, gates_BHSGT, states_BNHKV, lanes(out_bar.astype(q.dtype), tiling.tokens))
     return (
-        tiles.from_lanes(q_bar, tokens, key_dim),
+        from_lanes(q_bar, tokens, key_dim),
         tiles.from_gate_groups(gates_bar, tokens, count),
         jnp.sum(states_bar, axis=0)[:, :count, :, :key_dim, :value_dim],
     )
@@ -224,7 +225,7 @@ def _read_bar_kernel(
             gates_bar_SGC[group, n : n + 1] = jnp.sum(p_KC * q, axis=0, keepdims=True)
             weighed.append((gate * q).astype(q_KC.dtype))
         sum_RKC[block] = q_bar
-        more = tiles.product_of_lanes(jnp.concatenate(weighed, axis=0), out_bar)
+        more = product_of_lanes(jnp.concatenate(weighed, axis=0), out_bar)
         states_bar_NKV[states] += more.reshape(-1, key_dim, value_dim)
 
     tiles.for_groups(count, visit, _together(tiling, key_dim))

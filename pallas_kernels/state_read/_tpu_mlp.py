@@ -17,14 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels._platform import has_wide_units
 from pallas_kernels._query import gelu
 from pallas_kernels._state import state_dtype
+from pallas_kernels._tpu_lanes import from_lanes, lanes, product, product_of_lanes, product_of_rows
 from pallas_kernels.state_read import _tpu_tiling as tiles
-from pallas_kernels.state_read._tpu_tiling import (
-    BackwardSpecs,
-    ForwardSpecs,
-    Tiling,
-    product,
-    product_of_rows,
-)
+from pallas_kernels.state_read._tpu_tiling import BackwardSpecs, ForwardSpecs, Tiling
 
 # Tokens that go through a state at once, backward more where matrix units are 256 wide; and of a forward
 # block, for which states are loaded anew.
@@ -63,12 +58,12 @@ def read(
         compiler_params=tiles.parameters("parallel", "parallel", "parallel", "arbitrary"),
         name="mlp_state_read",
     )(
-        tiles.lanes(q, tiling.tokens),
+        lanes(q, tiling.tokens),
         tiles.gate_groups(gates, tiling),
         w_in,
         w_out,
     )
-    return tiles.from_lanes(out_BHVT, tokens, value_dim)
+    return from_lanes(out_BHVT, tokens, value_dim)
 
 
 def _together(w_in) -> int:
@@ -162,7 +157,7 @@ def read_bar(
         bytes_of_number,
         piece=queries_bytes // (key_dim * dtype.itemsize),
     )
-    q_BHKT = tiles.lanes(q, tiling.tokens)
+    q_BHKT = lanes(q, tiling.tokens)
     gates_BHSGT = tiles.gate_groups(gates, tiling)
     w_in, w_out = tiles.pad_states(w_in, tiling), tiles.pad_states(w_out, tiling)
     (rows, hidden), columns = w_in.shape[3:], w_out.shape[4]
@@ -200,10 +195,10 @@ def read_bar(
         gates_BHSGT,
         w_in,
         w_out,
-        tiles.lanes(out_bar.astype(q.dtype), tiling.tokens),
+        lanes(out_bar.astype(q.dtype), tiling.tokens),
     )
     return (
-        tiles.from_lanes(q_bar, tokens, key_dim),
+        from_lanes(q_bar, tokens, key_dim),
         tiles.from_gate_groups(gates_bar, tokens, count),
         (
             jnp.sum(w_in_bar, axis=0)[:, :count, :, :key_dim, :hidden_dim],
@@ -254,11 +249,11 @@ def _read_bar_kernel(
             hidden, gelu_vjp = jax.vjp(gelu, product_of_rows(w_in_NKE[n], q))
             p = product(w_out_NEV[n], out_bar)
             gates_bar_SGC[n] = jnp.sum(p * hidden, axis=0, keepdims=True)
-            w_out_bar_NEV[n] += tiles.product_of_lanes((gate * hidden).astype(q.dtype), out_bar)
+            w_out_bar_NEV[n] += product_of_lanes((gate * hidden).astype(q.dtype), out_bar)
             (inner_bar,) = gelu_vjp(gate * p)
             inner_bar = inner_bar.astype(q.dtype)
             sum_RKC[block] += product(w_in_NKE[n], inner_bar)
-            w_in_bar_NKE[n] += tiles.product_of_lanes(q, inner_bar)
+            w_in_bar_NKE[n] += product_of_lanes(q, inner_bar)
 
     tiles.for_groups(count, visit, _together(w_in_NKE))
 
