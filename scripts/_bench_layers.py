@@ -31,7 +31,7 @@ _RECORD = _ROOT / "tests/caching/data/memory_caching_0_1_0.npz"
 _AGGREGATIONS = ("residual", "gated", "soup", "sparse")
 _PROJECTIONS = ("q", "k", "v", "u", "o")
 _HEADS, _TOP_K = 4, 2
-# The shapes of docs, MATH and both packages' own examples differ; these are the ones that the targets name.
+# The shapes of docs and both packages' own examples differ; these are the ones that the targets name.
 _BATCH, _KEY_DIM, _SEGMENT = 2, 32, 64
 _MLP_DIM, _MLP_CHUNK = 128, 64
 _MIB = 2**20

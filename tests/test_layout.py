@@ -1,4 +1,4 @@
-"""The rules of the house, which no one has to remember: WORKSPACE.md says why."""
+"""The rules of the house, which no one has to remember: docs/decisions.md says why."""
 
 import ast
 import graphlib

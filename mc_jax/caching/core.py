@@ -1,4 +1,4 @@
-"""Memory Caching in its parallel form, and one token at a time (arXiv:2602.24281; MATH.md sections 1-3).
+"""Memory Caching in its parallel form, and one token at a time (arXiv:2602.24281; docs/math.md sections 1-3).
 
 Shapes: B batch, T tokens, S segments, N cached states, H heads, K key dim, V value dim, R router dim.
 """

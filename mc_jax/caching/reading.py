@@ -17,11 +17,11 @@ from pallas_kernels._platform import platform
 from pallas_kernels._state import Weights
 
 # From how many cached states for each selected one on, tokens are grouped by state, and not all states read
-# with most gates zero. Measured on two CPU cores, forward and backward (WORKSPACE.md): both take as long at 3
-# to 6, whatever the dims and top_k.
+# with most gates zero. Measured on two CPU cores, forward and backward (docs/results.md): both take as long
+# at 3 to 6, whatever the dims and top_k.
 GROUPED_FROM = 8
 # The same where both are kernels of a TPU, by their schedules and copies, where neighbours agree as in a
-# trained model (WORKSPACE.md): as long at 16 on v5e and v5p and at 22 on v6e and tpu7x.
+# trained model (docs/results.md): as long at 16 on v5e and v5p and at 22 on v6e and tpu7x.
 GROUPED_FROM_ON_TPU = 20
 
 

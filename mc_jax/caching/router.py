@@ -1,4 +1,4 @@
-"""The router: pooled keys of segments, their scores, and the online memory's logit (MATH.md section 3).
+"""The router: pooled keys of segments, their scores, and the online memory's logit (docs/math.md section 3).
 
 Shapes: B batch, T tokens, S segments, P blocks of a segment, L tokens of one, H heads, R router dim. All in
 float32 or wider.

@@ -37,7 +37,7 @@ def segment_documents(document_ids: jax.Array, segment_length: int) -> jax.Array
 def owned(document_ids: jax.Array, segment_length: int) -> jax.Array:
     """Tokens that count for their segment's cached state [batch, segments, segment_length], bool.
 
-    A segment's state and pooled key belong to the last document in it (MATH.md section 2).
+    A segment's state and pooled key belong to the last document in it (docs/math.md section 2).
     """
     # Ids are shifted by one, so that the padding past the row's end belongs to no document.
     return (

@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The language model: blocks of a Memory Caching mixer and a SwiGLU MLP (MATH.md section 5)."""
+    """The language model: blocks of a Memory Caching mixer and a SwiGLU MLP (docs/math.md section 5)."""
 
     num_layers: int = 12
     """Number of blocks."""

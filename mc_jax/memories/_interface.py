@@ -69,7 +69,7 @@ class Response(NamedTuple):
 
 
 class Memory(Protocol):
-    """A recurrence: how tokens are written to a memory, how a state is queried (MATH.md section 1).
+    """A recurrence: how tokens are written to a memory, how a state is queried (docs/math.md section 1).
 
     Reads leave out what a memory adds whatever its state (`skip`), so that a weighted sum of reads counts
     it once.

@@ -1,4 +1,4 @@
-"""A pre-norm block: a mixer over tokens and a SwiGLU MLP (MATH.md section 5)."""
+"""A pre-norm block: a mixer over tokens and a SwiGLU MLP (docs/math.md section 5)."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The Memory Caching mixer: maps, convolution and gates around the functional core (MATH.md section 5).
+"""The Memory Caching mixer: maps, convolution and gates around the functional core (docs/math.md section 5).
 
 Shapes: B batch, T tokens, D model dim, H heads, K key dim, V value and router dim.
 """

@@ -5,9 +5,9 @@ Forward, of a token; a multiplication and an addition are two.
 - maps: 2 for each number of a matrix that multiplies the token, the output map included (the embedding's
   rows are looked up, which takes none);
 - a memory, per head, of matrices A x B (a matrix: K x V; an MLP: K x E and E x V, E = 4 V): a write 2AB, an
-  online read 2AB, and 2C(A + B) for the pairs of tokens in a chunk of C (MATH.md section 7); where errors are
-  written, what it takes to make them: delta and titans k M, 2KV; an MLP's hidden features 2KE and their
-  gradient 2EV, and for titans its output, 2EV more;
+  online read 2AB, and 2C(A + B) for the pairs of tokens in a chunk of C (docs/math.md section 7); where
+  errors are written, what it takes to make them: delta and titans k M, 2KV; an MLP's hidden features 2KE and
+  their gradient 2EV, and for titans its output, 2EV more;
 - cached reads, per head: 2AB for each memory that is read: of the n segments before the token's own all n, or
   top_k of them if fewer; and, with a router, 2V for each of the n scores;
 - attention: 4D for each token that is seen, its own included: the causal half, or a window.

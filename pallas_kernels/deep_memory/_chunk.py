@@ -63,7 +63,7 @@ class Shares(NamedTuple):
 
 
 def decay_shares(tokens: Tokens, with_momentum: bool) -> Shares:
-    """Return the shares that retention and momentum leave: G = B E of MATH section 1, b, f, and their ends.
+    """Return the shares that retention and momentum leave (docs/math.md section 1): G = B E, b, f, and ends.
 
     B holds the products of retentions between two tokens, E those of momenta.
     """

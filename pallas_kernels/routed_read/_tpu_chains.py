@@ -21,7 +21,7 @@ SUBLANES, ROWS = 8, 16
 # Tokens of a block: as many as a matrix unit is wide. More would read more states.
 _LENGTH, _LENGTH_WIDE = 128, 256
 # States a choice that a block of so many tokens reads where there are 32 to choose from, in a small model of
-# text (WORKSPACE.md); one more for twice as many.
+# text (docs/results.md); one more for twice as many.
 _AGREED, _AGREED_OF = {_LENGTH: 6.0, _LENGTH_WIDE: 7.25}, 32
 # Tokens of a step of the grid, at most.
 _STEP = 1024

@@ -24,7 +24,7 @@ from pallas_kernels.routed_read import _tpu_chains, _tpu_lists, _tpu_pairs, _tpu
 # States that are copied together.
 _GROUP = 4
 # The kernel by unions is the quicker one where a block of tokens reads up to so many states a choice, by the
-# schedules of both, forward and backward (WORKSPACE.md).
+# schedules of both, forward and backward (docs/results.md).
 _AGREE, _AGREE_ON_WIDE_UNITS = 15, 27
 
 

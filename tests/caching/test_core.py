@@ -1,4 +1,4 @@
-"""The functional core against the token-by-token reference of MATH.md, values and gradients in float64."""
+"""The functional core against the token-by-token reference of docs/math.md, with gradients, in float64."""
 
 import re
 

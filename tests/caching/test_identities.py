@@ -1,4 +1,4 @@
-"""The identities of MATH.md section 4, that need no reference, of the functional core in float64."""
+"""The identities of docs/math.md section 4, that need no reference, of the functional core in float64."""
 
 import functools
 

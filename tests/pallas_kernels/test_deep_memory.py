@@ -119,7 +119,7 @@ def test_xla_equals_the_gradient_of_the_loss_token_by_token(x64, objective, segm
         outputs_and_gradients(name, objective, segment_init, arguments, arrays)
         for name in ("xla", "reference")
     )
-    assert relative_error(actual[0], expected[0]) < 1e-9, "values differ: compare _chunk.py with MATH A.4"
+    assert relative_error(actual[0], expected[0]) < 1e-9, "values differ: compare _chunk.py with docs/math.md"
     assert relative_error(actual[1], expected[1]) < 1e-7, "gradients differ: check the vjps in _products.py"
 
 

@@ -173,7 +173,7 @@ def memory_caching_reference(
     return y, cached_states, pooled
 
 
-# Writing (MATH section 1)
+# Writing (docs/math.md section 1)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -235,7 +235,7 @@ def _write(online: Online, token: Written, memory: str) -> tuple[Weights, Weight
     return new, online.momentum
 
 
-# Reading (MATH sections 2 and 3)
+# Reading (docs/math.md sections 2 and 3)
 
 
 @functools.partial(
