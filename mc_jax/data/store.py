@@ -47,6 +47,8 @@ class TokenStore:
     """All ids are below it."""
     fingerprint: str
     """The tokenizer's."""
+    folder: Path | None = None
+    """Where it lies; None: in memory."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -71,12 +73,21 @@ class TokenStore:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]].astype(np.int32)
 
     def sequence(self, index: int, start: int, stop: int) -> np.ndarray:
-        """Places `start` to `stop` of the sequence separator, tokens, separator; int32 [stop - start]."""
+        """Places `start` to `stop` of the sequence separator, tokens, separator; int32 [stop - start].
+
+        Raises:
+          ValueError: a token is outside the vocabulary; a model's embedding would take another one for it.
+        """
         begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
         sequence = np.full(stop - start, self.separator_id, np.int32)
         first, last = max(start - 1, 0), min(stop - 1, end - begin)
         if first < last:
             sequence[first + 1 - start : last + 1 - start] = self.tokens[begin + first : begin + last]
+        if sequence.size and not 0 <= sequence.min() <= (largest := sequence.max()) < self.vocab_size:
+            raise ValueError(
+                f"{self.folder or 'the store in memory'}: document {index} has token {largest}, outside the "
+                f"vocabulary of {self.vocab_size}; {_CURE}"
+            )
         return sequence
 
 
@@ -165,7 +176,10 @@ def open_store(folder: Path, tokenizer: Tokenizer | None = None) -> TokenStore:
         path, expected = folder / name, manifest["files"].get(name)
         if not path.is_file() or _measure(path) != expected:
             raise ValueError(f"{path} is missing or not as it was written; {_CURE}")
-    if tokenizer is not None and tokenizer.fingerprint != manifest["fingerprint"]:
+    if tokenizer is not None and (tokenizer.fingerprint, tokenizer.vocab_size) != (
+        manifest["fingerprint"],
+        manifest["vocab_size"],
+    ):
         raise ValueError(f"the tokens in {folder} are of another tokenizer than the one beside them; {_CURE}")
     return TokenStore(
         tokens=np.memmap(folder / "tokens.bin", np.dtype(manifest["dtype"]).newbyteorder("<"), "r"),
@@ -175,6 +189,7 @@ def open_store(folder: Path, tokenizer: Tokenizer | None = None) -> TokenStore:
         separator_id=manifest["separator_id"],
         vocab_size=manifest["vocab_size"],
         fingerprint=manifest["fingerprint"],
+        folder=folder,
     )
 
 

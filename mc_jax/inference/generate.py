@@ -42,11 +42,15 @@ def generate(
       [batch, tokens], int32.
 
     Raises:
-      ValueError: an empty prompt, a temperature or top_p out of range, a storage without effect or with too
-        few places.
+      ValueError: an empty prompt, one with a token outside the vocabulary, a temperature or top_p out of
+        range, a storage without effect or with too few places.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no tokens; begin it with the tokenizer's separator")
+    words = model.embedding.shape[0]
+    for prompt in prompts:
+        if not 0 <= np.min(prompt) <= np.max(prompt) < words:
+            raise ValueError(f"a prompt has tokens outside the vocabulary of {words}; tokenize it anew")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; set it to 0 (greedy) or more")
     if not 0 < top_p <= 1:

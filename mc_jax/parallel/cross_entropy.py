@@ -26,14 +26,16 @@ _TOKENS = ("batch", "tokens")
 def cross_entropy(x: jax.Array, output_map: jax.Array, targets: jax.Array) -> jax.Array:
     """Of each target, in nats [B, T], float32: log sum exp of the logits x W^T, minus the target's logit.
 
-    Products have operands of x's dtype and sums of float32. For the gradient the logits are made again.
+    Products have operands of x's dtype and sums of float32. For the gradient the logits are made again. A
+    token whose loss has a cotangent of 0 gives no gradient, even where its x is not finite.
 
     Args:
       x: [B, T, D], float32 or bfloat16.
       output_map: W [V, D], float32.
-      targets: [B, T], int32, in [0, V).
+      targets: [B, T], int32, in [0, V); the loss of any other one is NaN.
     """
-    return _cross_entropy(x, output_map, targets)
+    losses = _cross_entropy(x, output_map, targets)
+    return jnp.where((targets >= 0) & (targets < output_map.shape[0]), losses, jnp.nan)
 
 
 @jax.custom_vjp
@@ -95,6 +97,9 @@ def _gradients(words, x, output_map, targets, log_sum, losses_bar):
 
     def chunk(map_bar, inputs):
         x_CD, targets_C, log_sum_C, bar_C = inputs
+        # 0 times what is not finite would be NaN in the gradient of the whole map.
+        x_CD = jnp.where(bar_C[:, None] != 0, x_CD, 0)
+        log_sum_C = jnp.where(bar_C != 0, log_sum_C, jnp.inf)
         logits = _logits(x_CD, output_map)
         share = jnp.exp(logits - log_sum_C[:, None])
         logits_bar = bar_C[:, None] * (share - _is_target(words, logits, targets_C).astype(share.dtype))

@@ -53,10 +53,14 @@ def token_losses(
     """Cross-entropy of each target in nats [rows, T], float32, 0 where the loss mask is.
 
     `top_k`, a traced scalar, takes the place of the model's while that is annealed; `remat` is what blocks
-    save for their gradient.
+    save for their gradient. A masked token counts neither here nor in the gradient of the output map, though
+    its loss be NaN; another one's is NaN where its target is outside the vocabulary.
     """
+    mask = jnp.asarray(batch["loss_mask"])
     x = model.features(batch["inputs"], batch["document_ids"], top_k, remat=remat)
-    return cross_entropy(x, model.output_map, jnp.asarray(batch["targets"])) * batch["loss_mask"]
+    losses = cross_entropy(x, model.output_map, jnp.asarray(batch["targets"]))
+    # Selected, not multiplied: 0 times NaN is NaN.
+    return jnp.where(mask != 0, losses * mask, 0)
 
 
 def make_step(

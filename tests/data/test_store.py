@@ -1,9 +1,15 @@
+import itertools
+import json
+import re
+
 import numpy as np
 import pytest
 
 from mc_jax.data.documents import Document, TokenizedDocument, tokenize
+from mc_jax.data.pipeline import training_batches
 from mc_jax.data.store import memory_store, open_store, write_store
 from mc_jax.data.tokenizer import ByteTokenizer, train_bpe
+from mc_jax.data.windows import evaluation_windows
 
 TOKENIZER = ByteTokenizer()
 DOCUMENTS = [Document("first", "abc"), Document("second\nline", "é"), Document("third", "xyz" * 50)]
@@ -113,3 +119,21 @@ def test_a_damaged_manifest_is_refused(written, content, message):
 def test_a_store_of_another_tokenizer_is_refused(written):
     with pytest.raises(ValueError, match="another tokenizer"):
         open_store(written, train_bpe(["the cat sat on the mat " * 9], 260))
+
+
+def test_a_token_outside_the_vocabulary_ends_what_would_read_it_with_the_stores_name(tmp_path):
+    written = tmp_path / "train"
+    wrong = TokenizedDocument("wrong", np.array([97, 300, 98], np.int32), 3)
+    store = write_store(written, [*tokenize(DOCUMENTS, TOKENIZER), wrong], TOKENIZER)
+    message = f"{written}: document 3 has token 300, outside the vocabulary of 257"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(itertools.islice(training_batches(store, context_length=16, batch_size=4, seed=0), 10))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(evaluation_windows(store, context_length=16, stride=8, batch_size=2))
+
+
+def test_a_store_of_another_vocabulary_than_its_tokenizers_is_refused(written):
+    manifest = json.loads((written / "manifest.json").read_text())
+    (written / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 300}))
+    with pytest.raises(ValueError, match="of another tokenizer"):
+        open_store(written, TOKENIZER)

@@ -85,6 +85,27 @@ def test_documents_packed_at_segment_starts_read_as_each_alone():
     np.testing.assert_allclose(packed[:, 16:], jax.jit(model)(second), atol=2e-5)
 
 
+def test_a_token_outside_the_vocabulary_is_an_error_and_in_compiled_code_nan_from_there_on():
+    model, tokens = _model(layer_pattern=("memory", "window"), attention_window=5), _tokens(21)
+    ids = jnp.broadcast_to((jnp.arange(21) >= 13).astype(jnp.int32)[None], (2, 21))
+    wrong = tokens.at[0, 5].set(VOCABULARY).at[1, 15].set(-1)
+    with pytest.raises(ValueError, match="outside the vocabulary of 19"):
+        model(wrong)
+    run = jax.jit(model)
+    expected, found = run(tokens, ids), run(wrong, ids)
+    spoilt = np.zeros((2, 21), bool)
+    spoilt[0, 5:13] = spoilt[1, 15:] = True
+    np.testing.assert_array_equal(np.isnan(found).all(-1), spoilt)
+    np.testing.assert_array_equal(found[~spoilt], expected[~spoilt])
+
+    lengths = jnp.array([11, 8], jnp.int32)  # row 1 ends before its unknown token
+    logits, caches = jax.jit(lambda t: model.prefill(t, lengths, 32))(wrong)
+    np.testing.assert_array_equal(np.isnan(logits).any(-1), [True, False])
+    for token in (jnp.array([3, 3]), jnp.array([3, VOCABULARY]), jnp.array([3, 3])):
+        logits, caches = jax.jit(model.step)(token.astype(jnp.int32), caches)
+    assert np.isnan(logits).all(), "what a cache has of an unknown token stays NaN"
+
+
 def test_gates_of_a_token_sum_to_one_and_leave_out_what_it_may_not_read():
     gates = jax.jit(_model().read_gates)(_tokens(20))
     assert gates.cached.shape == (2, 2, 20, 2, 3)

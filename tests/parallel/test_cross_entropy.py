@@ -61,6 +61,17 @@ def test_large_logits_do_not_overflow():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(found))
 
 
+def test_a_token_without_weight_gives_no_gradient_even_where_it_is_not_finite():
+    x, output_map, targets, weights = arguments(50)
+    weights = weights.at[2].set(0)
+    expected = losses_and_gradients(cross_entropy, x, output_map, targets, weights)[1]
+    for wrong in (jnp.nan, jnp.inf):
+        given = x.at[2, 3].set(wrong), output_map, targets.at[2, 4].set(50), weights
+        losses, found = losses_and_gradients(cross_entropy, *given)
+        must_agree(found, expected, 1e-6)
+        np.testing.assert_array_equal(np.argwhere(np.isnan(losses)), [[2, 3], [2, 4]])
+
+
 MESHES = {
     "fsdp 8": MeshConfig(fsdp=8),
     "replica 2, fsdp 4": MeshConfig(replica=2, fsdp=4),

@@ -87,6 +87,24 @@ def test_padding_has_no_part_in_the_loss():
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
 
 
+def test_a_masked_token_counts_in_no_number_even_where_it_is_nan():
+    _, state, step = _step(CONFIG)
+    batch = _batch()
+    # From place 20 on row 0 is masked. An unknown input makes its features NaN, an unknown target its loss.
+    wrong = {
+        **batch,
+        "inputs": batch["inputs"].at[0, 21].set(VOCABULARY),
+        "targets": batch["targets"].at[0, 20].set(-100),
+    }
+    _, expected = step(state, batch, jnp.float32(0.0))
+    _, state, _ = _step(CONFIG)
+    state, metrics = step(state, wrong, jnp.float32(0.0))
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-4)
+    seen = {**batch, "targets": batch["targets"].at[0, 19].set(VOCABULARY)}
+    assert jnp.isnan(step(state, seen, jnp.float32(0.0))[1]["loss"]), "a target outside the vocabulary"
+
+
 def test_a_change_of_schedule_compiles_nothing_anew():
     _, state, step = _step(CONFIG)
     sizes = []
