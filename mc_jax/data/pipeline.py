@@ -57,7 +57,7 @@ def training_batches(
 
 
 class _PartsOfBatches:
-    """Of each batch of a sequence of examples, those in some places of it."""
+    """The examples in some places of each batch of a sequence of examples."""
 
     def __init__(self, examples: "_ShuffledEpochs", batch_size: int, places: Sequence[int]):
         self._examples, self._batch_size, self._places = examples, batch_size, places

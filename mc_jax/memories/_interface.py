@@ -169,7 +169,7 @@ class AffineMemory(Memory, Protocol):
         goes_on: jax.Array,
         previous: tuple[jax.Array, jax.Array],
     ) -> tuple[MemoryRun, Response]:
-        """As `run` over whole segments, with the response to another start than the initial state.
+        """The same as `run` over whole segments, with the response to another start than the initial state.
 
         Tokens that go on with the document of the token before the first [B, T], bool, alone respond;
         `previous` is that token's key [B, H, K] and value [B, H, V], for a memory that writes it again.

@@ -24,7 +24,7 @@ _TOKENS = ("batch", "tokens")
 
 
 def cross_entropy(x: jax.Array, output_map: jax.Array, targets: jax.Array) -> jax.Array:
-    """Of each target, in nats [B, T], float32: log sum exp of the logits x W^T, minus the target's logit.
+    """Loss of each target in nats [B, T], float32: log sum exp of the logits x W^T, minus the target's logit.
 
     Products have operands of x's dtype and sums of float32. For the gradient the logits are made again. A
     token whose loss has a cotangent of 0 gives no gradient, even where its x is not finite.
@@ -93,7 +93,7 @@ def _losses(words, x, output_map, targets):
 
 
 def _gradients(words, x, output_map, targets, log_sum, losses_bar):
-    """Of x [B, T, D], and of the output map the part of the model dim that lies here [V, D]."""
+    """Gradients of x [B, T, D] and of the part of the output map's model dim that lies here [V, D]."""
 
     def chunk(map_bar, inputs):
         x_CD, targets_C, log_sum_C, bar_C = inputs

@@ -1,4 +1,4 @@
-"""Where each parameter of the language model lies, and each of the optimizer's numbers on it.
+"""The sharding of each parameter of the language model, and of the optimizer's numbers on it.
 
 A parameter is a path in nested dicts, with one name a dimension. What a matrix maps from or to the residual
 stream ("model") is divided among the devices that share a batch; the other side, if it is heads or hidden
@@ -48,7 +48,7 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
 
 
 def shardings(tree: Any) -> Any:
-    """Of a tree of arrays or their shapes with parameters in it: a tree of shardings on the current mesh.
+    """The shardings on the current mesh of a tree of arrays, or of their shapes, with parameters in it.
 
     Raises:
       ValueError: a parameter that nobody has said anything about.

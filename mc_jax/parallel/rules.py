@@ -21,7 +21,7 @@ class Rules:
     tokens: tuple[str, ...] = ("sequence",)
     """Tokens of a row, by runs of whole segments."""
     model: tuple[str, ...] = ("fsdp",)
-    """Of parameters, the width of the residual stream; activations have it whole."""
+    """The width of the residual stream, of parameters; activations have it whole."""
     heads: tuple[str, ...] = ("tensor",)
     """Heads, and features that are grouped by head."""
     mlp: tuple[str, ...] = ("tensor",)
@@ -38,7 +38,7 @@ WHERE_IT_DIVIDES = ("vocab", "hidden")
 
 
 def spec(*names: str | None) -> jax.P:
-    """Where an array lies on the current mesh whose first dimensions have these names.
+    """The spec on the current mesh of an array whose first dimensions have these names.
 
     Of all ways to say it, it is the shortest, as the compiler's: a step that returns its state laid out as it
     took it, but in other words, would be compiled again.
@@ -51,7 +51,7 @@ def spec(*names: str | None) -> jax.P:
 
 
 def whole_spec(*names: str | None) -> jax.P:
-    """As `spec`, with the axes that have one device."""
+    """The same as `spec`, with the axes that have one device."""
     return jax.P(*(axes_of(name) for name in names))
 
 

@@ -30,7 +30,7 @@ def runs_of(line: str) -> str | None:
 
 
 class Sendings:
-    """Where what a computation's operations send begins, and who waits for it."""
+    """The start op of every asynchronous transfer of a computation, and the op that waits for it."""
 
     def __init__(self, inside: Callable[[str], str | None], is_target: Callable[[str, str], bool]):
         """Take what tells a computation's line that sends, by its name, and whether it calls a function."""
@@ -38,9 +38,9 @@ class Sendings:
         self._called: dict[str, str] = {}
         """Calls without operands so far, and what they will send."""
         self._begun: dict[str, str] = {}
-        """By operations, channels or meetings, what they stand for: those that began to send."""
+        """Op name, channel id or rendezvous key -> the op that started the transfer."""
         self._received: dict[str, str] = {}
-        """By operations that receive from other slices, where they meet what was sent there."""
+        """recv op -> rendezvous key of the matching cross-slice send."""
 
     def read(self, name: str, kind: str, line: str) -> tuple[str | None, bool, str | None]:
         """Return what an operation sends, whether others go on meanwhile, and which of them it waits for."""

@@ -24,7 +24,7 @@ class Chip:
     network: float
     """Bytes a second to another slice, over the data center's network (DCN)."""
     wraps: int
-    """Where a side of the topology is a multiple of this, its ends are joined."""
+    """A side of the topology that is a multiple of this has its ends joined."""
 
     @property
     def flops_per_cycle(self) -> float:

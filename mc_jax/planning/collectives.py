@@ -42,19 +42,19 @@ class Collective:
     """A kind of sending, of equal arrays over equal axes, in a step."""
 
     kind: str
-    """Such as "all-gather"."""
+    """The HLO opcode, such as "all-gather"."""
     axes: tuple[str, ...]
-    """Of the mesh, of more than one chip."""
+    """Mesh axes of more than one chip that it runs along."""
     chips: int
-    """That take part together; slices of what goes between these."""
+    """Chips in a replica group; for a cross-slice collective, slices."""
     bytes: int
-    """Of the whole array: what is gathered, summed, or divided; of what a chip sends in the others."""
+    """Size of the array that is gathered, summed or divided; in other collectives, what one chip sends."""
     times: int
     """How often it runs in a step."""
     overlaps: bool
     """Whether the compiler lets other work go on meanwhile."""
     seconds: float
-    """Of one run, an estimate."""
+    """Estimated time of one run."""
     network: bool = False
     """Whether it goes between slices, over the network, beside what chips of a slice send each other."""
 

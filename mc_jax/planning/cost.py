@@ -31,18 +31,18 @@ class Kernel:
     """A Pallas kernel of a program."""
 
     name: str
-    """As given to `pallas_call`."""
+    """The name given to `pallas_call`."""
     operation: str
     """Its name in the program."""
     calls: int
     """How often it runs."""
     bundles: float
-    """Of one run: cycles, if it never has to wait."""
+    """Bundles of one run: its cycles if it never has to wait."""
     copied: float
     """Bytes that a run moves between HBM and VMEM."""
 
     def cycles(self, bytes_per_cycle: float) -> float:
-        """Of all runs: the compute's or the copies', whichever take longer."""
+        """Cycles of all runs: compute or copies, whichever take longer."""
         return self.calls * max(self.bundles, self.copied / bytes_per_cycle)
 
 
@@ -61,22 +61,22 @@ class Cost:
 
     @property
     def bundles(self) -> float:
-        """Of all kernels' runs."""
+        """Bundles of all kernels' runs."""
         return sum(kernel.calls * kernel.bundles for kernel in self.kernels)
 
     @property
     def xla_cycles(self) -> float:
-        """Of all but kernels."""
+        """Cycles of everything but kernels."""
         return sum(operation.times * operation.cycles for operation in self.operations)
 
     @property
     def cycles(self) -> float:
-        """In all, with kernels' copies charged as the compiler charges operations that stream."""
+        """Cycles in all, kernels' copies charged as the compiler charges operations that stream."""
         return self.xla_cycles + sum(kernel.cycles(self.chip.streaming) for kernel in self.kernels)
 
     @property
     def cycles_at_peak(self) -> float:
-        """In all, with kernels' copies at the peak of HBM."""
+        """Cycles in all, kernels' copies at the peak of HBM."""
         return self.xla_cycles + sum(kernel.cycles(self.chip.bytes_per_cycle) for kernel in self.kernels)
 
 

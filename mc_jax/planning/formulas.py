@@ -27,7 +27,7 @@ _HAS_ROUTER = ("gated", "soup", "sparse")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Of one token, forward; and of a step."""
+    """FLOPs of one token's forward pass, by part, and of a step."""
 
     maps: dict[str, float]
     """Matrices that multiply the token, by part."""
@@ -38,21 +38,21 @@ class Flops:
     attention: float
     """Scores and values, without the maps."""
     tokens: int
-    """Of a step."""
+    """Tokens in a step."""
 
     @property
     def forward(self) -> float:
-        """Of one token."""
+        """FLOPs of one token, forward."""
         return sum(self.maps.values()) + self.memories + self.cached_reads + self.attention
 
     @property
     def token(self) -> float:
-        """Of one token, forward and backward."""
+        """FLOPs of one token, forward and backward."""
         return 3 * self.forward
 
     @property
     def step(self) -> float:
-        """Of all tokens of a step, forward and backward, on all chips."""
+        """FLOPs of a step on all chips, forward and backward."""
         return self.tokens * self.token
 
 

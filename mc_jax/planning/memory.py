@@ -21,7 +21,7 @@ class Memory:
     """Bytes on one chip."""
 
     parts: dict[str, int]
-    """By what they are for; their sum is what the step needs."""
+    """Bytes by purpose; their sum is what the step needs."""
     total: int
     """What the step needs."""
     capacity: int

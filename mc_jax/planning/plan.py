@@ -40,7 +40,7 @@ class Plan:
     """What is known of a run before it is started. Sizes are in bytes, of one chip; times in seconds."""
 
     topology: str
-    """As written, such as "v5p:4x4x4"."""
+    """The topology as the user wrote it, such as "v5p:4x4x4"."""
     slices: int
     """How many of these."""
     chips: int
@@ -48,17 +48,17 @@ class Plan:
     mesh: dict[str, int]
     """Sizes of its axes."""
     rows: int
-    """Of a batch, on a chip."""
+    """Rows of a batch per chip."""
     remat: str
     """What is computed again (`training.remat`)."""
     vocabulary: int
     """Ids of the tokenizer."""
     vocabulary_source: str
-    """Where that number is from."""
+    """What that number was taken from."""
     parameters: dict[str, int]
-    """By part."""
+    """Parameters of each part of the model."""
     flops: Flops
-    """By formula (`mc_jax.planning.formulas`)."""
+    """FLOPs by formula (`mc_jax.planning.formulas`)."""
     memory: Memory
     """On one chip."""
     collectives: tuple[Collective, ...]
@@ -197,7 +197,7 @@ def _batch(config: Config, rows: int, sharding: jax.sharding.Sharding | None = N
 
 
 def _by_formula(config: Config, where: Topology, vocabulary: int, source: str) -> Plan:
-    """Of GPUs: the state and gradients, divided as on TPUs, and what a chip's rows leave for the gradient."""
+    """The plan of GPUs: state and gradients, divided as on TPUs, and what is left per GPU for activations."""
     gpu = GPUS[where.chip]
     chips = where.sides[0] * where.slices
     mesh = jax.sharding.AbstractMesh(filled(config.mesh, chips, where.slices), AXES)

@@ -39,21 +39,21 @@ class Operation:
     """An operation of a program, with the loops around it."""
 
     name: str
-    """In the program."""
+    """Its name in the program."""
     kind: str
     """Such as "fusion", "all-gather-start", "custom-call"."""
     shape: str
-    """Of its result, with layouts."""
+    """Shape of its result, with layouts."""
     source: str
     """What it was made from, as JAX names it."""
     times: int
     """How often it runs."""
     cycles: int
-    """Of one run, by the compiler's estimate; 0 where it gives none, as of kernels."""
+    """Cycles of one run by the compiler's estimate; 0 where it gives none, as for kernels."""
     is_kernel: bool
     """A Pallas kernel."""
     frames: tuple[Frame, ...] = ()
-    """Where it was traced, the inmost first, as far as JAX keeps them."""
+    """The stack it was traced in, innermost first, as far as JAX keeps it."""
     products: float = 0.0
     """FLOPs of the matrix products in it, of one run."""
     collective: str | None = None

@@ -22,12 +22,12 @@ _DELAY = 4
 
 @dataclasses.dataclass
 class Branch:
-    """What a kernel may jump over and has matrix products in it and no copies, without the loops in it."""
+    """A conditional region with matmuls and no DMA; nested loops are counted apart."""
 
     number: int
     """Counted through the kernel."""
     bundles: int = 0
-    """If it runs."""
+    """Bundles of it when it runs."""
 
 
 @dataclasses.dataclass
@@ -35,15 +35,15 @@ class Loop:
     """A loop of a kernel, or the kernel; branches without matrix products count as if they always ran."""
 
     bundles: int = 0
-    """Of a turn, without the loops in it."""
+    """Bundles of one iteration, nested loops left out."""
     copied: int = 0
-    """Bytes that a turn moves between HBM and VMEM, without the loops in it."""
+    """Bytes that one iteration moves between HBM and VMEM, nested loops left out."""
     turns: int | None = None
-    """None: decided while it runs."""
+    """Trip count; None: it depends on data."""
     loops: list["Loop"] = dataclasses.field(default_factory=list)
-    """What is in it."""
+    """Loops directly in this one."""
     branches: list[Branch] = dataclasses.field(default_factory=list)
-    """What is in it, but not in a loop in it; their bundles are not among its own."""
+    """Branches directly in this loop, whose `bundles` leave theirs out."""
 
     def cycles(self, turns: Iterator[float], shares: Sequence[float] = ()) -> float:
         """Bundles in all.

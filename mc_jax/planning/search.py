@@ -17,7 +17,7 @@ class Attempt:
     remat: Remat
     """What is computed again."""
     rows: int
-    """Of a batch, on a chip."""
+    """Rows of a batch per chip."""
     total: int
     """Bytes that it needs of a chip."""
     fits: bool
@@ -29,12 +29,12 @@ class Found:
     """What a search ends with."""
 
     attempts: tuple[Attempt, ...]
-    """In order."""
+    """What was tried, in order."""
     config: Config | None
     """The run with the lightest recomputation that fits its rows on a chip, and as many rows as fit then;
     None: nothing fits."""
     rows: int
-    """Of a batch, on a chip; 0: nothing fits."""
+    """Rows of a batch per chip; 0: nothing fits."""
 
 
 def search(

@@ -15,7 +15,7 @@ class Group:
     """Operations of a part of the model that do the same."""
 
     part: str
-    """Where they were traced, such as "MLP"."""
+    """The part of the model that traced them, such as "MLP"."""
     work: str
     """What they do, such as "matrix products"."""
     forward: float
@@ -25,7 +25,7 @@ class Group:
 
     @property
     def cycles(self) -> float:
-        """In all."""
+        """Cycles of both."""
         return self.forward + self.backward
 
 
@@ -34,41 +34,41 @@ class Dear:
     """An operation that takes long."""
 
     name: str
-    """In the program."""
+    """Its name in the program."""
     part: str
     """See `Group`."""
     work: str
     """See `Group`."""
     source: str
-    """As JAX names it."""
+    """The traced operation, as JAX names it."""
     times: int
     """How often it runs in a step."""
     cycles: float
-    """Of all runs."""
+    """Cycles of all its runs in a step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Of one chip in a step; every figure is an estimate."""
+    """Estimates for one chip in a step."""
 
     xla_cycles: float
-    """By the compiler's model, loops multiplied out; it grants what streams some 40 % of HBM's peak."""
+    """XLA's ops by the compiler's model, times trip counts; it grants streams some 40 % of HBM's peak."""
     kernel_cycles: float
     """Pallas kernels: bundles of their schedules, or copies at that same rate if these take longer."""
     compute_seconds: float
     """Both, at the chip's clock."""
     communication_seconds: float
-    """Of all collectives one after another, at the vendor's bandwidths."""
+    """Time of all collectives one after another, at the vendor's bandwidths."""
     overlapping_seconds: float
-    """Of those among them that let other work go on."""
+    """The share of that time in collectives that let other work go on."""
     seconds: float
-    """Of a step, what is sent being under way from where the program begins it to where it waits for it."""
+    """Step time, each transfer overlapping compute between its start and its done op."""
     least_seconds: float
-    """Of a step, if computing, links and the network between slices all worked at once."""
+    """Step time if compute, links and the network between slices overlapped fully."""
     most_seconds: float
-    """Of a step, if nothing overlapped."""
+    """Step time if nothing overlapped."""
     tokens_per_second: float
-    """Of all chips."""
+    """Throughput of all chips together."""
     mfu: float
     """Share of the chips' peak that the FLOPs by formula make up."""
     products: float
@@ -167,7 +167,7 @@ class _Clock:
         self._sent = {False: 0.0, True: 0.0}
         """When the links of a slice, and the network between slices, will be free."""
         self._ends: dict[str, float] = {}
-        """Of what is under way, by the operation that began it."""
+        """Start op -> the time at which its transfer will be done."""
 
     def run(self, operation: Operation, computing: float, sending: Collective | None) -> None:
         """Let an operation run, which computes for so many seconds, and what it sends."""

@@ -19,7 +19,7 @@ class Topology:
     """Chips and how they are joined."""
 
     name: str
-    """As written."""
+    """The topology as the user wrote it."""
     chip: str
     """A name in `CHIPS` or `GPUS`."""
     sides: tuple[int, ...]
@@ -38,7 +38,7 @@ class Topology:
         return f"{self.slices} x {self.name}" if self.slices > 1 else self.name
 
     def devices(self) -> list[jax.Device]:
-        """Of TPUs that are not here.
+        """The devices of TPUs that are not here.
 
         Raises:
           ValueError: libtpu is not installed, or knows no such topology.

@@ -1,4 +1,4 @@
-"""How often the loops of a Pallas kernel turn that decide it while they run, and what its products cost.
+"""Trip counts of a Pallas kernel's data-dependent loops, and the FLOPs of its matmuls.
 
 A kernel is traced once for all steps of its grid. Bounds of its loops are sums of the step's place in the
 grid and of constants: so they are computed here for all places at once, and averaged. So are the conditions
@@ -46,15 +46,15 @@ class KernelWork:
     """What a kernel does in all steps of its grid."""
 
     name: str
-    """As given to `pallas_call`."""
+    """The name given to `pallas_call`."""
     turns: tuple[float, ...]
-    """Of each loop that decides them while it runs, in order: the mean over the grid's places."""
+    """Trip count of each data-dependent loop, in order: its mean over the grid."""
     shares: tuple[float, ...]
-    """Of each branch with matrix products in it, in order: of its loop's turns those that run it."""
+    """For each branch with matmuls, in order: the share of its loop's iterations that run it."""
     products: float
     """FLOPs of its matrix products, in all places."""
     places: int
-    """Of its grid."""
+    """Number of grid points."""
     blocks: float
     """Bytes of the blocks that pass between HBM and VMEM, if all did at each place."""
     moved: float
@@ -156,7 +156,7 @@ def _work(equation: Any, times: int) -> KernelWork:
 
 
 def _block_bytes(block: Any) -> int:
-    """Of a block that the grid's pipeline moves between HBM and VMEM; 0 of what lies elsewhere."""
+    """Bytes of a block that the grid's pipeline moves between HBM and VMEM; 0 if it lies elsewhere."""
     aval = block.transformed_block_aval
     if "any" in str(aval.memory_space) or "smem" in str(aval.memory_space) or "hbm" in str(aval.memory_space):
         return 0

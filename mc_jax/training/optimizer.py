@@ -77,12 +77,12 @@ def _labels(parameters: Any) -> Any:
 
 
 def _muon_dimensions(parameters: Any) -> Any:
-    """Of kernels [layers, in, out]: each layer's is a matrix of its own."""
+    """Muon's dimension numbers for kernels [layers, in, out]: each layer's is a matrix of its own."""
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(1, 2), parameters)
 
 
 def _of_muon_size(update: jax.Array) -> jax.Array:
-    """Of an orthogonal matrix [..., in, out], whose numbers have a mean square of 1 / max(in, out)."""
+    """An orthogonal update [..., in, out], whose mean square is 1 / max(in, out), scaled to Muon's size."""
     return update * (_MUON_SIZE * max(update.shape[-2:]) ** 0.5)
 
 

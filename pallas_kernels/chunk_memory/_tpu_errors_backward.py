@@ -120,7 +120,7 @@ def _kernel(
             ref[0] = matrix[...]
 
     def heads(index):
-        """Of every head: it, its coefficients, its shares and what the block of an index starts from."""
+        """Yield every head with its coefficients, its shares and what the block of an index starts from."""
         for head in range(cut.group):
             one = of_head(numbers.all, head)
             carried = carried_by([ref.at[index] for ref in starts], initial, one, head)

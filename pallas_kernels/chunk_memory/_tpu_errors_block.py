@@ -47,7 +47,7 @@ class Rule:
     chunk: int
     """Tokens of a chunk, at whose start titans takes its errors: a power of two, 128 at most; delta: 1."""
     dtype: jnp.dtype
-    """Of the operands of products."""
+    """The dtype of matmul operands."""
 
     @property
     def carried(self) -> int:

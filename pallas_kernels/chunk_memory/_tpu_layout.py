@@ -45,7 +45,7 @@ class Cut:
     length: int
     """Tokens of a block."""
     heads: int
-    """Of all groups."""
+    """Heads of all groups."""
     group: int
     """Heads of a group."""
     independent: bool
@@ -183,25 +183,25 @@ class Specs:
         self._cut, self._block = cut, block
 
     def lanes(self, dim: int) -> pl.BlockSpec:
-        """Of [B, P H, dim, T]: [H, dim, C]."""
+        """The block [H, dim, C] of an array [B, P H, dim, T]."""
         block = (None, self._cut.group, dim, self._cut.length)
         return pl.BlockSpec(block, lambda b, p, n: (b, p, 0, self._block(n)))
 
     def coefficients(self) -> pl.BlockSpec:
-        """Of [B, P, H, T]: [H, C]."""
+        """The block [H, C] of an array [B, P, H, T]."""
         block = (None, None, self._cut.group, self._cut.length)
         return pl.BlockSpec(block, lambda b, p, n: (b, p, 0, self._block(n)))
 
     def marks(self, rows: int = 1) -> pl.BlockSpec:
-        """Of [B, rows, T], the same for all heads: [rows, C]."""
+        """The block [rows, C] of an array [B, rows, T], the same for all heads."""
         return pl.BlockSpec((None, rows, self._cut.length), lambda b, p, n: (b, 0, self._block(n)))
 
     def initial(self, key_dim: int, value_dim: int) -> pl.BlockSpec:
-        """Of [B, P H, K, V]: [H, K, V]."""
+        """The block [H, K, V] of an array [B, P H, K, V]."""
         return pl.BlockSpec((None, self._cut.group, key_dim, value_dim), lambda b, p, n: (b, p, 0, 0))
 
     def states(self, key_dim: int, value_dim: int, before: int = 0) -> pl.BlockSpec:
-        """Of [B, S, P H, K, V]: that of the segment, or of the one `before`, [H, K, V]."""
+        """The segment's states [H, K, V], or those of the one `before`, of an array [B, S, P H, K, V]."""
         block = (None, None, self._cut.group, key_dim, value_dim)
 
         def index(b, p, n):

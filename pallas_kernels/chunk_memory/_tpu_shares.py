@@ -17,7 +17,7 @@ from pallas_kernels.chunk_memory._tpu_products import MATMUL, MATMUL_TRANSPOSED,
 
 
 class Coefficients(NamedTuple):
-    """Of all heads [H, C], or of one [1, C]."""
+    """Coefficients of all heads [H, C], or of one [1, C]."""
 
     step: jax.Array
     """0 where nothing is written."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 
 class Grouping(NamedTuple):
-    """Where pairs lie."""
+    """The place of every (token, choice) pair among those sorted by state."""
 
     pair: jax.Array
     """The pair in each row [R]; in an empty row any pair."""

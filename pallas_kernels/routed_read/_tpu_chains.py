@@ -40,9 +40,9 @@ class Plan:
     length: int
     """Tokens of a block, a multiple of 128."""
     blocks: int
-    """Of a step of the grid."""
+    """Blocks in a step of the grid."""
     steps: int
-    """Of a head's tokens."""
+    """Grid steps over a head's tokens."""
     choices: int
     """States that a token reads."""
     states: int
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def numbers(self) -> int:
-        """Of a list, that of a step's blocks."""
+        """Numbers in the list of a step's blocks."""
         return _whole(self.blocks * self.chain, _NUMBERS)
 
     def expected_turns(self, many: int, few: int) -> tuple[float, float]:

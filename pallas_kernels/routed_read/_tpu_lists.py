@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def bits(self) -> int:
-        """Of a pair those that tell the token."""
+        """Low bits of a pair's id that hold its token."""
         return max(self.length - 1, 1).bit_length()
 
     @property
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def numbers(self) -> int:
-        """Of a list."""
+        """Numbers in a list."""
         return self.heading + _whole(self.choices * self.length, _NUMBERS)
 
     def expected_blocks(self, rows: int) -> float:

@@ -379,21 +379,21 @@ class _Specs:
         self._plan, self._heads = plan, heads
 
     def list(self) -> pl.BlockSpec:
-        """Of [B H P L]: [L]."""
+        """The block [L] of an array [B H P L]."""
         plan, heads = self._plan, self._heads
         return pl.BlockSpec(
             (plan.numbers,), lambda b, h, p: ((b * heads + h) * plan.pieces + p,), memory_space=pltpu.SMEM
         )
 
     def tokens(self, dim: int) -> pl.BlockSpec:
-        """Of [B, H, T, dim]: [C, dim]."""
+        """The block [C, dim] of an array [B, H, T, dim]."""
         return pl.BlockSpec((None, None, self._plan.length, dim), lambda b, h, p: (b, h, p, 0))
 
     def gates(self) -> pl.BlockSpec:
-        """Of [B, H, k, T]: [k, C]."""
+        """The block [k, C] of an array [B, H, k, T]."""
         rows = self._plan.choices + -self._plan.choices % _SUBLANES
         return pl.BlockSpec((None, None, rows, self._plan.length), lambda b, h, p: (b, h, 0, p))
 
     def anywhere(self) -> pl.BlockSpec:
-        """Of [B, N, H, K, V]: all of it, wherever it lies."""
+        """The whole array [B, N, H, K, V], left in the memory where it lies."""
         return pl.BlockSpec(memory_space=pl.ANY)

@@ -274,22 +274,22 @@ class _Specs:
         self._step = plan.blocks * plan.length
 
     def list(self) -> pl.BlockSpec:
-        """Of [B H A L]: [L]."""
+        """The block [L] of an array [B H A L]."""
         plan, heads = self._plan, self._heads
         return pl.BlockSpec(
             (plan.numbers,), lambda b, h, t: ((b * heads + h) * plan.steps + t,), memory_space=pltpu.SMEM
         )
 
     def tokens(self, dim: int) -> pl.BlockSpec:
-        """Of [B, H, dim, T]: [dim, A]."""
+        """The block [dim, A] of an array [B, H, dim, T]."""
         return pl.BlockSpec((None, None, dim, self._step), lambda b, h, t: (b, h, 0, t))
 
     def choices(self) -> pl.BlockSpec:
-        """Of [B, H, k, T]: [k, A]."""
+        """The block [k, A] of an array [B, H, k, T]."""
         return self.tokens(self._plan.choices + -self._plan.choices % SUBLANES)
 
     def states(self, rows: int, columns: int) -> pl.BlockSpec:
-        """Of [B, N, H, K, V]: a head's, [N, K, V]."""
+        """A head's states [N, K, V] of an array [B, N, H, K, V]."""
         block = (None, self._plan.states, None, rows, columns)
         # There once: the next head's would need as much room again.
         return pl.BlockSpec(block, lambda b, h, t: (b, 0, h, 0, 0), pipeline_mode=pl.Buffered(1))

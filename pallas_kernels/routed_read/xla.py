@@ -75,7 +75,7 @@ def by_ragged_dot(q: jax.Array, gates: jax.Array, indices: jax.Array, states: We
 
 
 def _read(q, gates, states, grouping: Grouping, product: Product):
-    """Of queries [T, K] and gates [T, k], or of those of all heads one after the other, the reads [T, V]."""
+    """Reads [T, V] by queries [T, K] and gates [T, k], or by those of all heads one after the other."""
     choices = gates.shape[1]
     hidden = to_rows(choices, q, grouping)
     gate = to_rows(1, gates.reshape(-1, 1), grouping).astype(state_dtype(q))

@@ -220,23 +220,23 @@ class ForwardSpecs:
         self._tiling = tiling
 
     def tokens(self, dim: int) -> pl.BlockSpec:
-        """Of [B, H, K, T]: [K, C]."""
+        """The block [K, C] of an array [B, H, K, T]."""
         return pl.BlockSpec((None, None, dim, self._tiling.length), lambda b, h, t, n: (b, h, 0, t))
 
     def gates(self) -> pl.BlockSpec:
-        """Of [B, H, S, G, T]: [S, G, C]."""
+        """The block [S, G, C] of an array [B, H, S, G, T]."""
         cut = self._tiling
         block = (None, None, cut.tile, cut.group, cut.length)
         return pl.BlockSpec(block, lambda b, h, t, n: (b, h, cut.tile_read(t, n), 0, t))
 
     def states(self, rows: int, columns: int, count: int) -> pl.BlockSpec:
-        """Of [B, H, N / count, rows, columns]: those of a tile, [N / count, rows, columns]."""
+        """A tile's states [N / count, rows, columns] of an array [B, H, N / count, rows, columns]."""
         cut = self._tiling
         block = (None, None, cut.tile * cut.group // count, rows, columns)
         return pl.BlockSpec(block, lambda b, h, t, n: (b, h, cut.tile_read(t, n), 0, 0))
 
     def whole_states(self, rows: int, columns: int) -> pl.BlockSpec:
-        """Of [B, N, H, rows, columns]: those of a tile, [N, rows, columns]."""
+        """A tile's states [N, rows, columns] of an array [B, N, H, rows, columns]."""
         cut = self._tiling
         block = (None, cut.tile * cut.group, None, rows, columns)
         return pl.BlockSpec(block, lambda b, h, t, n: (b, cut.tile_read(t, n), h, 0, 0))
@@ -249,25 +249,25 @@ class BackwardSpecs:
         self._tiling = tiling
 
     def tokens(self, dim: int) -> pl.BlockSpec:
-        """Of [B, H, K, T]: [K, C]."""
+        """The block [K, C] of an array [B, H, K, T]."""
         cut = self._tiling
         block = (None, None, dim, cut.length)
         return pl.BlockSpec(block, lambda b, h, p, n, t: (b, h, 0, cut.block_reading(p, n, t)))
 
     def gates(self) -> pl.BlockSpec:
-        """Of [B, H, S, G, T]: [S, G, C]."""
+        """The block [S, G, C] of an array [B, H, S, G, T]."""
         cut = self._tiling
         block = (None, None, cut.tile, cut.group, cut.length)
         return pl.BlockSpec(block, lambda b, h, p, n, t: (b, h, n, 0, cut.block_reading(p, n, t)))
 
     def states(self, rows: int, columns: int) -> pl.BlockSpec:
-        """Of [B, N, H, rows, columns]: the states of a tile, [N, rows, columns]."""
+        """A tile's states [N, rows, columns] of an array [B, N, H, rows, columns]."""
         cut = self._tiling
         block = (None, cut.tile * cut.group, None, rows, columns)
         return pl.BlockSpec(block, lambda b, h, p, n, t: (b, n, h, 0, 0))
 
     def tokens_bar(self, dim: int) -> pl.BlockSpec:
-        """Of [B, H, K, T]: [K, C]; it is whole, and leaves, when the last tile has passed."""
+        """The block [K, C] of an array [B, H, K, T]; it leaves, whole, when the last tile has passed."""
         cut = self._tiling
         block = (None, None, dim, cut.length)
 
@@ -277,13 +277,13 @@ class BackwardSpecs:
         return pl.BlockSpec(block, index)
 
     def gates_bar(self) -> pl.BlockSpec:
-        """Of [B, H, S, G, T]: [S, G, C], of all blocks."""
+        """The block [S, G, C] of an array [B, H, S, G, T], over all blocks."""
         cut = self._tiling
         block = (None, None, cut.tile, cut.group, cut.length)
         return pl.BlockSpec(block, lambda b, h, p, n, t: (b, h, n, 0, p * cut.blocks + t))
 
     def states_bar(self, rows: int, columns: int) -> pl.BlockSpec:
-        """Of [P, B, N, H, rows, columns]: the states of a tile, [N, rows, columns]."""
+        """A tile's states [N, rows, columns] of an array [P, B, N, H, rows, columns]."""
         cut = self._tiling
         block = (None, None, cut.tile * cut.group, None, rows, columns)
         return pl.BlockSpec(block, lambda b, h, p, n, t: (p, b, n, h, 0, 0))
