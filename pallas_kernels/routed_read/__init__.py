@@ -14,7 +14,7 @@ __all__ = ["routed_state_read"]
 
 def _xla(q, gates, indices, states):
     # A token alone (in decoding) has nothing to share a state with.
-    grouped = xla.in_blocks if platform() == "cpu" else xla.by_ragged_dot
+    grouped = xla.by_ragged_dot if platform() == "tpu" else xla.in_blocks
     return (grouped if q.shape[1] > 1 else xla.gather)(q, gates, indices, states)
 
 

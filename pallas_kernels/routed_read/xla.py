@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._platform import platform
 from pallas_kernels._query import gelu, matmul, query
 from pallas_kernels._state import Weights, state_dtype
 from pallas_kernels.routed_read._grouping import Grouping, from_rows, group, group_in_blocks, to_rows
@@ -18,6 +19,8 @@ from pallas_kernels.routed_read._grouping import Grouping, from_rows, group, gro
 # Rows that share a copy of a state: fewer mean smaller products, more mean more empty rows. On a CPU the best
 # of 16, 32, 64, 128, for keys of 32 as for keys of 128.
 _BLOCK = 64
+# Bytes of the copies that a GPU makes at once: enough heads side by side to keep it busy. Not measured.
+_GPU_COPIES = 512 << 20
 
 type Product = Callable[[jax.Array, jax.Array], jax.Array]
 """Rows [R, K] times the states [..., K, V] that they read."""
@@ -35,8 +38,9 @@ def gather(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) 
 def in_blocks(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
     """Pad the tokens of each state to whole blocks, each a product with its own copy of the state.
 
-    For the CPU, where `jax.lax.ragged_dot` multiplies all rows with all states. Head by head, so that what is
-    copied stays small.
+    For CPUs and GPUs, where `jax.lax.ragged_dot` multiplies all rows with all states (compiled for an H100,
+    the gradient at 32,768 tokens, 8 heads and 128 states of 128 x 128 would take 550 GB). Head by head on a
+    CPU, so that what is copied stays small; as many heads side by side on a GPU as copies may be large.
     """
 
     @jax.checkpoint
@@ -51,13 +55,25 @@ def in_blocks(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weight
 
         return _read(q_TK, gates_Tk, states, grouping, product)
 
-    out_GTV = jax.lax.map(read_head, jax.tree.map(_heads_first, (q, gates, indices, states)))
+    heads = jax.tree.map(_heads_first, (q, gates, indices, states))
+    out_GTV = jax.lax.map(read_head, heads, batch_size=_heads_at_once(*heads))
     return _heads_back(out_GTV, q)
+
+
+def _heads_at_once(q_GTK, gates_GTk, _, states) -> int | None:
+    """Heads whose copies of states fit, a divisor of G; None: one at a time."""
+    if platform() != "gpu":
+        return None
+    lists, pairs = q_GTK.shape[0], gates_GTk[0].size
+    leaves = jax.tree.leaves(states)
+    rows = pairs + _BLOCK * min(leaves[0].shape[1], pairs)
+    copies = rows // _BLOCK * sum(leaf[0, 0].size for leaf in leaves) * q_GTK.dtype.itemsize
+    return max(n for n in range(1, lists + 1) if lists % n == 0 and (n == 1 or n * copies <= _GPU_COPIES))
 
 
 @jax.checkpoint
 def by_ragged_dot(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
-    """Multiply the tokens of each state with it by `jax.lax.ragged_dot`: for TPU and GPU."""
+    """Multiply the tokens of each state with it by `jax.lax.ragged_dot`: for TPUs."""
     q_GTK, gates_GTk, indices_GTk, states = jax.tree.map(_heads_first, (q, gates, indices, states))
     lists, _, choices = gates_GTk.shape
     grouping, count_GN = group(indices_GTk.reshape(lists, -1), jax.tree.leaves(states)[0].shape[1])

@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_description import lower_for_gpu, on_gpu
 
-from pallas_kernels.routed_read import routed_state_read
+from pallas_kernels.routed_read import routed_state_read, xla
 
 BATCH, LENGTH, HEADS, KEY_DIM, VALUE_DIM, HIDDEN, STATES, CHOICES = 2, 37, 2, 4, 6, 7, 5, 2
 IMPLEMENTATIONS = ("blocks", "ragged_dot", "gather")
@@ -98,6 +99,27 @@ def test_any_number_of_states_and_choices_will_do(implementation, length, states
     arguments = _arguments(2, jnp.float64, length=length, states=states, choices=choices)
     expected = _read_and_gradients(arguments, "reference")
     _assert_agree(_read_and_gradients(arguments, implementation), expected, 1e-9, 1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("at_once", [1, 2, BATCH * HEADS])
+def test_heads_side_by_side_on_a_gpu_read_as_the_reference_does(at_once, monkeypatch):
+    arguments = _arguments(4, jnp.float64)
+    rows = LENGTH * CHOICES + STATES * xla._BLOCK
+    monkeypatch.setattr(xla, "_GPU_COPIES", at_once * (rows // xla._BLOCK) * KEY_DIM * VALUE_DIM * 8)
+    expected = _read_and_gradients(arguments, "reference")
+    with on_gpu():
+        assert xla._heads_at_once(*jax.tree.map(xla._heads_first, arguments)) == at_once
+        _assert_agree(_read_and_gradients(arguments, None), expected, 1e-9, 1e-7)
+
+
+def test_no_read_on_a_gpu_multiplies_all_rows_with_all_states():
+    # XLA expands a ragged product on GPUs: rows x states, which no memory holds.
+    def lowered(implementation):
+        return lower_for_gpu(lambda *x: _read_and_gradients(x, implementation), *_arguments(5))
+
+    assert "ragged_dot" in lowered("ragged_dot"), "XLA's name for it has changed: look for the new one"
+    assert "ragged_dot" not in lowered(None)
 
 
 def test_reading_all_states_is_the_dense_read():
