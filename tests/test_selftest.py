@@ -39,6 +39,22 @@ def test_an_operation_that_differs_is_told(only_dense_reads, wrong, monkeypatch,
     assert "2 of 2 differ" in capsys.readouterr().out
 
 
+def test_a_kernel_that_does_not_run_hides_no_other(only_dense_reads, monkeypatch, capsys):
+    def run(*arguments, implementation):
+        if implementation != "reference":
+            raise RuntimeError("no such instruction\nand 40 lines more")
+        return only_dense_reads.run(*arguments, implementation=implementation)
+
+    broken = _selftest.Case("broken", run, only_dense_reads.arguments)
+    monkeypatch.setattr(_selftest, "cases", lambda: [broken, only_dense_reads])
+    monkeypatch.setenv("COLUMNS", "200")
+    assert not mc_jax.selftest()
+    out = capsys.readouterr().out
+    assert "FAILS: RuntimeError: no such instruction" in out
+    assert "40 lines more" not in out
+    assert "2 of 4 differ" in out
+
+
 def test_every_operation_is_checked_in_all_its_versions():
     checked = {}
     for case in _selftest.cases():
