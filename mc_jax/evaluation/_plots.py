@@ -7,6 +7,7 @@ T tokens, S cached segments, L layers.
 
 import dataclasses
 import io
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -105,11 +106,12 @@ def loss_curve(
         return _svg(figure)
 
 
-def router_reads(gates: np.ndarray, segment_length: int, theme: Theme) -> str:
+def router_reads(gates: np.ndarray, numbers: Sequence[int], segment_length: int, theme: Theme) -> str:
     """One heat map a layer: how much of each token's reading comes from each memory.
 
     Args:
       gates: [L, T, S + 1], the online memory last; nan where there is nothing to read yet.
+      numbers: What the L layers are called.
       segment_length: Tokens of a segment.
       theme: Colours.
     """
@@ -142,7 +144,7 @@ def router_reads(gates: np.ndarray, segment_length: int, theme: Theme) -> str:
             axes.imshow(gates[layer, :, :cached].T, extent=(0, tokens, 0.5, cached + 0.5), **drawing)
             image = axes.imshow(gates[layer, :, cached:].T, extent=(0, tokens, bottom, top), **drawing)
             axes.set(xlim=(0, tokens), ylim=(0.5, top))
-            axes.set_title(f"Layer {layer + 1}", loc="left")
+            axes.set_title(f"Layer {numbers[layer]}", loc="left")
             for boundary in range(segment_length, tokens, segment_length):
                 axes.axvline(boundary, color=theme.grid, linewidth=0.6)
             axes.set_yticks([*numbered, (bottom + top) / 2], [*map(str, numbered), "online"])

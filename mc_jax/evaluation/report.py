@@ -8,7 +8,7 @@ import dataclasses
 import html
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ class RouterPicture:
     gates: np.ndarray
     """[L, T, S + 1] float: mean over heads of each token's gate on each cached segment, the online memory
     last; a token's gates sum to 1. S is at least the number of segments that end before the last token."""
+    layers: Sequence[int]
+    """The numbers, from 1, of the L layers that have a memory."""
     segment_length: int
     """Tokens of a segment."""
     text: str
@@ -39,7 +41,7 @@ def write_report(
     held_out: dict[str, float] | None,
     sample_prompt: str,
     sample: str,
-    router: RouterPicture | None,
+    router: RouterPicture | str,
     facts: dict[str, str],
 ) -> epath.Path:
     """Write `report.html` into a run's folder, whole or not at all.
@@ -53,7 +55,7 @@ def write_report(
         measured.
       sample_prompt: What the sample goes on from.
       sample: What the model wrote after it.
-      router: What the router reads; None where the aggregation has no router.
+      router: What the router reads, or a sentence that says why there is nothing to show.
       facts: Short texts by name: parameters, tokens, time, device.
 
     Returns:
@@ -135,10 +137,10 @@ def _loss(plots: Any, metrics: list[dict[str, Any]], held_out: dict[str, float] 
     )
 
 
-def _router(plots: Any, router: RouterPicture | None) -> str:
-    if router is None:
-        return "<p>This model's aggregation has no router: nothing weighs its memories token by token.</p>"
-    layers, tokens, columns = router.gates.shape
+def _router(plots: Any, router: RouterPicture | str) -> str:
+    if isinstance(router, str):
+        return f"<p>{_escape(router)}</p>"
+    _, tokens, columns = router.gates.shape
     ended = (tokens - 1) // router.segment_length
     assert columns > ended, f"{columns} columns of gates for {ended} cached segments and the online memory"
     if ended == 0:
@@ -152,7 +154,7 @@ def _router(plots: Any, router: RouterPicture | None) -> str:
     gates = np.concatenate([cached, router.gates[:, :, -1:].astype(float)], axis=-1)
     online, latest, older = _shares(gates, router.segment_length)
     alternative = (
-        f"One heat map a layer, layers 1 to {layers}: the share of each of {tokens:,} tokens' reading that "
+        f"One heat map a layer, layers {router.layers[0]} to {router.layers[-1]}: the share of each of {tokens:,} tokens' reading that "
         f"comes from cached segments 1 to {ended} and from the online memory; the table below has the means"
     )
     caption = (
@@ -162,13 +164,16 @@ def _router(plots: Any, router: RouterPicture | None) -> str:
         "shares show."
     )
     rows = "".join(
-        f'<tr><th scope="row">{layer + 1}</th><td>{online[layer]:.1%}</td><td>{latest[layer]:.1%}</td>'
+        f'<tr><th scope="row">{number}</th><td>{online[layer]:.1%}</td><td>{latest[layer]:.1%}</td>'
         f"<td>{older[layer]:.1%}</td></tr>"
-        for layer in range(layers)
+        for layer, number in enumerate(router.layers)
     )
     return (
         _picture(
-            lambda theme: plots.router_reads(gates, router.segment_length, theme), plots, alternative, caption
+            lambda theme: plots.router_reads(gates, router.layers, router.segment_length, theme),
+            plots,
+            alternative,
+            caption,
         )
         + '<div class="wide"><table class="numbers"><caption>Mean share of the reading, over tokens with at '
         'least one cached segment</caption><thead><tr><th scope="col">layer</th><th scope="col">online memory'

@@ -65,21 +65,30 @@ def summarize_run(run_dir: epath.PathLike) -> dict[str, float] | None:
     return held_out
 
 
-def router_picture(run: Run) -> RouterPicture | None:
+def router_picture(run: Run) -> RouterPicture | str:
     """What the memories of each layer read at the start of the first held-out document, mean over heads.
 
-    None where the aggregation has no router, or nothing is held out.
+    A sentence that says why there is none, where it is so.
     """
-    if run.dataset.held_out is None or not AGGREGATIONS[run.config.model.aggregation].uses_router:
-        return None
-    store = run.dataset.held_out
+    model, store = run.config.model, run.dataset.held_out
+    if "memory" not in model.layer_pattern:
+        return "This model has no layers with a memory."
+    if not AGGREGATIONS[model.aggregation].uses_router:
+        return "This model's aggregation has no router: nothing weighs its memories token by token."
+    if store is None:
+        return "There is no held-out text to read."
     length = min(run.config.data.context_length, len(store.document(0)) + 1)
     tokens = store.sequence(0, 0, length)
     gates = run.model.read_gates(jnp.asarray(tokens, jnp.int32)[None])
-    assert gates is not None
+    assert gates is not None, f"{model.layer_pattern} layers with {model.aggregation!r} gave no gates"
     shares = np.concatenate([np.asarray(gates.cached), np.asarray(gates.online)[..., None]], axis=-1)
     return RouterPicture(
         gates=shares[:, 0].mean(axis=2),
-        segment_length=run.config.model.segment_length,
+        layers=[
+            layer + 1
+            for layer in range(model.num_layers)
+            if model.layer_pattern[layer % len(model.layer_pattern)] == "memory"
+        ],
+        segment_length=model.segment_length,
         text=run.dataset.tokenizer.decode(tokens),
     )

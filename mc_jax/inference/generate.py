@@ -58,9 +58,11 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     segment_length = model.config.segment_length
     completed = (int(lengths.max()) + tokens - 1) // segment_length
-    if storage.when_full == "error" and storage.max_cached is not None and storage.max_cached < completed:
+    caches = "memory" in model.config.layer_pattern and model.config.aggregation != "none"
+    places = completed if storage.max_cached is None or not caches else storage.max_cached
+    if storage.when_full == "error" and places < completed:
         raise ValueError(
-            f"max_cached {storage.max_cached} is less than the {completed} segments of "
+            f"max_cached {places} is less than the {completed} segments of "
             f"{int(lengths.max()) + tokens} tokens; set it higher, or when_full to 'drop-oldest'"
         )
     # Whole segments: few shapes are ever compiled.

@@ -22,7 +22,9 @@ def _router():
     segment_of_token = np.arange(TOKENS) // SEGMENT_LENGTH
     gates[:, :, :-1] *= segment_of_token[:, None] > np.arange(SEGMENTS)[None, :]
     gates /= gates.sum(axis=-1, keepdims=True)
-    return RouterPicture(gates=gates, segment_length=SEGMENT_LENGTH, text="a <text> that was read")
+    return RouterPicture(
+        gates=gates, layers=[1, 3, 4], segment_length=SEGMENT_LENGTH, text="a <text> that was read"
+    )
 
 
 def _metrics(steps=30):
@@ -156,7 +158,7 @@ def test_settings_and_commands_are_there(run_dir, page):
 
 def test_the_heat_maps_name_layers_and_memories(page):
     labels = re.findall(r"<text[^>]*>([^<]*)</text>", _pictures(page)[1])
-    assert {"Layer 1", "Layer 2", "Layer 3", "online", "token position", "share of the reading"} <= set(
+    assert {"Layer 1", "Layer 3", "Layer 4", "online", "token position", "share of the reading"} <= set(
         labels
     )
 
@@ -176,7 +178,8 @@ def test_mean_shares_of_the_reading_add_up(page):
 
 
 def test_without_router_held_out_text_or_settings_the_report_says_so(tmp_path):
-    path = _write(tmp_path / "run", router=None, held_out=None, config_differences={}, metrics=_metrics(1))
+    router = "This aggregation has no router."
+    path = _write(tmp_path / "run", router=router, held_out=None, config_differences={}, metrics=_metrics(1))
     page = _Page(path.read_text())
     assert "no router" in page.text
     assert "Nothing was measured on held-out text" in page.text
@@ -186,7 +189,7 @@ def test_without_router_held_out_text_or_settings_the_report_says_so(tmp_path):
 
 def test_a_text_of_one_segment_has_nothing_to_read(tmp_path):
     gates = np.ones((LAYERS, SEGMENT_LENGTH, 2), np.float32) * np.array([0.0, 1.0], np.float32)[None, None, :]
-    router = RouterPicture(gates=gates, segment_length=SEGMENT_LENGTH, text="short")
+    router = RouterPicture(gates=gates, layers=[1, 2, 3], segment_length=SEGMENT_LENGTH, text="short")
     page = _Page(_write(tmp_path / "run", router=router, metrics=[]).read_text())
     assert "fits in one segment" in page.text
     assert page.named("img") == []
@@ -195,7 +198,7 @@ def test_a_text_of_one_segment_has_nothing_to_read(tmp_path):
 def test_steps_without_a_finite_loss_are_left_out_and_counted(tmp_path):
     metrics = _metrics(10)
     metrics[4] = {"step": 5, "loss": math.nan, "bits_per_byte": math.nan}
-    page = _Page(_write(tmp_path / "run", router=None, metrics=metrics).read_text())
+    page = _Page(_write(tmp_path / "run", router="There is none.", metrics=metrics).read_text())
     assert "1 step whose loss was not finite is left out" in page.text
 
 

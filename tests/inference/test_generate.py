@@ -53,8 +53,9 @@ def test_a_storage_without_memories_to_keep_is_refused():
         ({"aggregation": "none"}, "aggregation 'none'"),
         ({"layer_pattern": ("attention",)}, "without memory layers"),
     ):
-        with pytest.raises(ValueError, match=message):
-            generate(_model(**changes), [np.array([1])], tokens=1, storage=Storage(state_dtype="int8"))
+        for storage in (Storage(state_dtype="int8"), Storage(max_cached=1)):
+            with pytest.raises(ValueError, match=message):
+                generate(_model(**changes), [np.array([1])], tokens=30, storage=storage)
 
 
 def test_a_seed_gives_the_same_text_and_another_seed_another():

@@ -1,0 +1,130 @@
+"""Whatever a model is made of, its training ends in a report: every memory, aggregation and layer pattern.
+
+Pairwise rather than all with all: what a train step and a read do in each pairing, the core's tests tell.
+"""
+
+import dataclasses
+import json
+from typing import get_args
+
+import jax
+import pytest
+
+from experiments import paper, quickstart
+from mc_jax.config import (
+    AggregationName,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    MemoryName,
+    Segmentation,
+    SegmentInit,
+    validate,
+)
+from mc_jax.data.prepare import prepare
+from mc_jax.evaluation.perplexity import evaluate_run
+from mc_jax.evaluation.summary import summarize_run
+from mc_jax.inference.generate import generate_run
+from mc_jax.parallel import make_mesh
+from mc_jax.training.loop import train
+
+
+def _cases() -> dict[str, Config]:
+    """A diagonal of the paper's table, Transformer++, and the quickstart with one thing or two turned."""
+    members = paper.configs()
+    names = ("linear-none", "swla-sparse", "dla-soup", "titans-gated", "transformer")
+    cases = {f"paper-170m-{name}": members[f"170m-{name}"] for name in names}
+    for changes in (
+        {"layer_pattern": ("attention",)},  # with the router's settings left as they are
+        {"layer_pattern": ("window",), "attention_window": 5},
+        {"layer_pattern": ("attention", "memory", "window"), "attention_window": 5, "memory": "delta",
+         "aggregation": "residual"},
+        {"layer_pattern": ("attention", "memory"), "aggregation": "average", "top_k": 1},
+        {"segmentation": "logarithmic", "router_keys": "keys", "online_logit": "running_mean"},
+    ):  # fmt: skip
+        config = quickstart.config()
+        name = " ".join(f"{name}={value}" for name, value in changes.items())
+        cases[f"quickstart {name}"] = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, **changes)
+        )
+    return cases
+
+
+CASES = _cases()
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Of the eight that tests have: a step for more takes longer to compile."""
+    monkeypatch.setattr(
+        "mc_jax.training.loop.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1])
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text("the sea was calm and the wind came from the west. " * 10)
+    (folder / "held.txt").write_text("she walked along the shore, she said. " * 2)
+    prepare([folder / "text.txt"], folder / "store", held_out=[folder / "held.txt"], tokenizer="bytes")
+    return folder / "store"
+
+
+def _tiny(config: Config, corpus) -> Config:
+    """The config with every size made small: four segments of two chunks in a row, two steps."""
+    model = dataclasses.replace(
+        config.model,
+        num_layers=len(config.model.layer_pattern),
+        model_dim=8,
+        num_heads=2,
+        mlp_dim=8,
+        segment_length=8,
+        chunk_length=4,
+    )
+    training = dataclasses.replace(
+        config.training, steps=2, batch_size=2, warmup_steps=1, checkpoint_every=100
+    )
+    return validate(
+        dataclasses.replace(
+            config,
+            model=model,
+            data=DataConfig(corpus=str(corpus), tokenizer=None, context_length=32),
+            training=training,
+            evaluation=EvaluationConfig(batch_size=2, sample_tokens=3, sample_prompt="she"),
+        )
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_trains_to_its_report(name, corpus, tmp_path):
+    config = _tiny(CASES[name], corpus)
+    assert train(config, tmp_path / "run") == 2
+    result = summarize_run(tmp_path / "run")
+    assert result is not None
+    assert result["tokens"] == 77
+    page = (tmp_path / "run" / "report.html").read_text()
+    kinds = config.model.layer_pattern
+    routed = "memory" in kinds and config.model.aggregation in ("gated", "soup", "sparse")
+    assert ("One heat map a layer" in page) == routed
+    assert ("no layers with a memory" in page) == ("memory" not in kinds)
+
+
+def test_a_model_without_memory_layers_is_measured_and_goes_on_with_a_text(corpus, tmp_path):
+    config = _tiny(CASES["paper-170m-transformer"], corpus)
+    train(config, tmp_path / "run")
+    assert json.loads(json.dumps(evaluate_run(tmp_path / "run")))["tokens"] == 77
+    text = generate_run(tmp_path / "run", "she", tokens=3, temperature=0.0, top_p=1.0, seed=0)
+    assert isinstance(text, str)
+
+
+def test_the_cases_leave_no_memory_aggregation_or_layer_out():
+    models = [config.model for config in CASES.values()]
+    with_memory = [model for model in models if "memory" in model.layer_pattern]
+    for field, names in (
+        ("memory", MemoryName),
+        ("aggregation", AggregationName),
+        ("segmentation", Segmentation),
+        ("segment_init", SegmentInit),
+    ):
+        left_out = set(get_args(names)) - {getattr(model, field) for model in with_memory}
+        assert not left_out, f"no case of this file trains {field} {left_out} to its report"
