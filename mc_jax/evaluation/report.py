@@ -154,8 +154,9 @@ def _router(plots: Any, router: RouterPicture | str) -> str:
     gates = np.concatenate([cached, router.gates[:, :, -1:].astype(float)], axis=-1)
     online, latest, older = _shares(gates, router.segment_length)
     alternative = (
-        f"One heat map a layer, layers {router.layers[0]} to {router.layers[-1]}: the share of each of {tokens:,} tokens' reading that "
-        f"comes from cached segments 1 to {ended} and from the online memory; the table below has the means"
+        f"One heat map a layer, layers {router.layers[0]} to {router.layers[-1]}: the share of each of "
+        f"{tokens:,} tokens' reading that comes from cached segments 1 to {ended} and from the online "
+        "memory; the table below has the means"
     )
     caption = (
         "A column is a token, a row a memory: the more the colour stands out from the page, the more of what "

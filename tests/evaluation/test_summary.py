@@ -56,9 +56,7 @@ CASES = _cases()
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Of the eight that tests have: a step for more takes longer to compile."""
-    monkeypatch.setattr(
-        "mc_jax.training.loop.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1])
-    )
+    monkeypatch.setattr("mc_jax.training.loop.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
