@@ -24,7 +24,7 @@ def validate(config: Config) -> Config:
     ):
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
-            _must_fit(f"{part}.{field.name}", value, field.type)
+            must_fit(f"{part}.{field.name}", value, field.type)
             smallest = 0 if field.name in _MAY_BE_ZERO else 1
             fills = part == "mesh" and field.default == -1
             if type(value) is int and value < smallest and not (fills and value == -1):
@@ -127,7 +127,7 @@ def _must_go_together(name: str, value: Any, wanted: bool, reason: str, example:
 _KINDS = {int: "an integer", float: "a finite number", str: "text", bool: "True or False", type(None): "None"}
 
 
-def _must_fit(path: str, value: Any, hint: Any) -> None:
+def must_fit(path: str, value: Any, hint: Any) -> None:
     """See that a value is what the field's annotation says: a recipe and a config.json may hold anything."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if not any(_fits(value, option) for option in options):

@@ -5,6 +5,7 @@ import difflib
 import json
 from typing import Any
 
+from mc_jax.config.checks import must_fit
 from mc_jax.config.settings import Config, ConfigError
 
 
@@ -17,20 +18,34 @@ def from_dict(values: dict[str, Any]) -> Config:
     """The config that `to_dict` was given.
 
     Raises:
-      ConfigError: for a section or field that is not known, with the nearest known name.
+      ConfigError: for a section or field that is not known, with the nearest known name, or a value that is
+        none of its field.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"a config is an object with {', '.join(_SECTIONS)}, not {_shortly(values)}")
     sections = {field.name: field.type for field in dataclasses.fields(Config)}
     built = {}
     for name, content in values.items():
         _must_be_known(name, name, sections)
         section_type: Any = sections[name]
-        known = {field.name for field in dataclasses.fields(section_type)}
-        for field in content:
-            _must_be_known(f"{name}.{field}", field, known)
+        if not isinstance(content, dict):
+            raise ConfigError(f"{name} is an object with settings, not {_shortly(content)}")
+        known = {field.name: field.type for field in dataclasses.fields(section_type)}
         # JSON has no tuples.
         fields = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        for field, value in fields.items():
+            _must_be_known(f"{name}.{field}", field, known)
+            must_fit(f"{name}.{field}", value, known[field])
         built[name] = section_type(**fields)
     return Config(**built)
+
+
+_SECTIONS = [field.name for field in dataclasses.fields(Config)]
+
+
+def _shortly(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 40 else f"{text[:36]} ..."
 
 
 def _must_be_known(path: str, name: str, known: Any) -> None:
@@ -66,4 +81,7 @@ def from_json(text: str) -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"config.json is not JSON ({error}); restore it, or start the run anew") from error
-    return from_dict(values)
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"config.json: {error}") from None

@@ -7,9 +7,9 @@ from pathlib import Path
 from etils import epath
 
 from mc_jax.config import DataConfig
-from mc_jax.data._files import read_json
 from mc_jax.data.corpus import CORPORA, load_corpus
 from mc_jax.data.documents import Document, tokenize
+from mc_jax.data.files import read_json
 from mc_jax.data.store import TokenStore, memory_store, open_store
 from mc_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 

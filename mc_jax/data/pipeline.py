@@ -22,11 +22,11 @@ def training_batches(
     context_length: int,
     batch_size: int,
     seed: int,
-    start_step: int = 0,
+    start_row: int = 0,
     align: int = 1,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches; the one of a step depends on the seed and the step, not on where the run started.
+    """Endless batches of rows in an order that depends on the seed alone, not on where the run started.
 
     Every row comes once an epoch, in an order of its own in each; a batch may span two epochs, so it may be
     larger than the corpus.
@@ -36,7 +36,7 @@ def training_batches(
       context_length: T, tokens in a row.
       batch_size: B, rows in a batch.
       seed: of the order, 0 or more.
-      start_step: steps that are done already; the first batch is that of the step after them.
+      start_row: rows that were read already; the first batch begins with the row after them.
       align: documents start at multiples of it in a row (`rows.Rows`).
       rows: which rows of a batch are read, where other processes read the others; None: all.
 
@@ -49,25 +49,23 @@ def training_batches(
     """
     rows = range(batch_size) if rows is None else rows
     examples = _ShuffledEpochs(Rows(store, context_length=context_length, align=align), seed)
-    batches = grain.MapDataset.source(_PartsOfBatches(examples, batch_size, rows)).batch(len(rows))
+    batches = grain.MapDataset.source(_PartsOfBatches(examples, start_row, batch_size, rows)).batch(len(rows))
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
-    iterator = iter(batches.to_iter_dataset(options))
-    grain.experimental.set_next_index(iterator, start_step)
-    return iterator
+    return iter(batches.to_iter_dataset(options))
 
 
 class _PartsOfBatches:
-    """The examples in some places of each batch of a sequence of examples."""
+    """The examples in some places of each batch of a sequence of examples, from one of these on."""
 
-    def __init__(self, examples: "_ShuffledEpochs", batch_size: int, places: Sequence[int]):
-        self._examples, self._batch_size, self._places = examples, batch_size, places
+    def __init__(self, examples: "_ShuffledEpochs", start: int, batch_size: int, places: Sequence[int]):
+        self._examples, self._start, self._batch_size, self._places = examples, start, batch_size, places
 
     def __len__(self) -> int:
         return len(self._examples) // self._batch_size * len(self._places)
 
     def __getitem__(self, index: int) -> Example:
         batch, place = divmod(index, len(self._places))
-        return self._examples[batch * self._batch_size + int(self._places[place])]
+        return self._examples[self._start + batch * self._batch_size + int(self._places[place])]
 
 
 class _ShuffledEpochs:

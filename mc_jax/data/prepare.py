@@ -6,7 +6,6 @@ The folder: tokenizer.json, train/, held_out/ (if there is any), manifest.json.
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mc_jax.data._files import whole_or_nothing, write_json
 from mc_jax.data._readers import check_readable, read_documents
 from mc_jax.data.dataset import (
     HELD_OUT,
@@ -19,6 +18,7 @@ from mc_jax.data.dataset import (
     open_prepared,
 )
 from mc_jax.data.documents import Document, tokenize
+from mc_jax.data.files import new_folder, write_json
 from mc_jax.data.store import must_be_free, write_store
 from mc_jax.data.tokenizer import ByteTokenizer, Tokenizer, cut_text, load_tokenizer, train_bpe
 
@@ -63,8 +63,7 @@ def prepare(
         check_readable(path)
     _must_differ(training, scored)
     used_tokenizer = _choose_tokenizer(tokenizer, vocab_size, _read(training, text_field))
-    with whole_or_nothing(folder) as partial:
-        partial.mkdir()
+    with new_folder(folder) as partial:
         used_tokenizer.save(partial / TOKENIZER_FILE)
         splits = {}
         for split, paths in ((TRAIN, training), (HELD_OUT, scored)):

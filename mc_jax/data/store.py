@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mc_jax.data._files import read_json, whole_or_nothing, write_json
 from mc_jax.data.documents import TokenizedDocument
+from mc_jax.data.files import new_folder, read_json, write_json
 from mc_jax.data.tokenizer import Tokenizer
 
 _KIND, _VERSION = "token store", 1
@@ -27,6 +27,7 @@ _FILES = ("tokens.bin", "offsets.npy", "text_bytes.npy", "names.txt")
 _CURE = "write it again with mc-jax prepare"
 # Larger files are checked by their size alone: to hash a terabyte at every start would take an hour.
 _HASHED_BYTES = 256 << 20
+_BLOCK = 1 << 18  # numbers of a larger one's parts that are hashed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,22 @@ class TokenStore:
     def num_pairs(self) -> int:
         """(input, target) pairs of all documents: one more than tokens in each."""
         return self.num_tokens + len(self)
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of what training and evaluation read, wherever it lies and whatever it is called.
+
+        Of arrays too large to be read at every start, evenly spaced blocks.
+        """
+        digest = hashlib.sha256(f"{self.tokens.dtype.name} {self.separator_id} {self.fingerprint}".encode())
+        for values in (self.tokens, self.offsets, self.text_bytes):
+            digest.update(f" {values.size} ".encode())
+            parts = [values]
+            if values.nbytes > _HASHED_BYTES:
+                starts = np.linspace(0, values.size - _BLOCK, _HASHED_BYTES // _BLOCK // values.itemsize)
+                parts = [values[start : start + _BLOCK] for start in starts.astype(np.int64)]
+            for part in parts:
+                digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()
 
     def document(self, index: int) -> np.ndarray:
         """A document's tokens, int32 [tokens], without separators."""
@@ -126,8 +143,7 @@ def write_store(folder: Path, documents: Iterable[TokenizedDocument], tokenizer:
     must_be_free(folder)
     dtype = _token_dtype(tokenizer)
     offsets, text_bytes = array.array("q", [0]), array.array("q")
-    with whole_or_nothing(folder) as partial:
-        partial.mkdir()
+    with new_folder(folder) as partial:
         with (
             (partial / "tokens.bin").open("wb") as tokens_file,
             (partial / "names.txt").open("w", encoding="utf-8") as names_file,

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from mc_jax.data._files import read_json, write_json
+from mc_jax.data.files import read_json, write_json
 
 SEPARATOR_ID = 256
 _KIND, _VERSION = "tokenizer", 1

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mc_jax.data.files import write_text
+
 REPORT_FILE = "report.html"
 
 
@@ -74,12 +76,8 @@ def write_report(
         _section("How to go on", _commands(run_dir, sample_prompt)),
     ]
     page = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(sections))
-    # Written beside and renamed: a kill leaves the old report or the new one, never half of one.
-    path = run_dir / REPORT_FILE
-    part = run_dir / (REPORT_FILE + ".part")
-    part.write_text(page)
-    part.replace(path)
-    return path
+    write_text(run_dir / REPORT_FILE, page)
+    return run_dir / REPORT_FILE
 
 
 def _result(metrics: list[dict[str, Any]], held_out: dict[str, float] | None, facts: dict[str, str]) -> str:

@@ -92,13 +92,13 @@ def first_decides(decide: Callable[[], None]) -> None:
     """Let process 0 do something that all others wait for.
 
     Raises:
-      ValueError: in all processes, if process 0 raises it.
+      ValueError: in all processes, if process 0 raises it or an OSError.
     """
     error = None
     if jax.process_index() == 0:
         try:
             decide()
-        except ValueError as raised:
+        except (ValueError, OSError) as raised:
             error = raised
     if jax.process_count() > 1:
         told = _from_first(str(error or "").encode())

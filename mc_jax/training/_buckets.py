@@ -4,19 +4,16 @@ An object of a bucket is written whole. gcsfs, which is behind `epath` there, ta
 a warning, and shows nothing of a file before it is closed.
 """
 
+import io
 import math
 import os
 import time
-from typing import IO
 
 from etils import epath
 
+from mc_jax.data.files import is_in_bucket
+
 _SECONDS_BETWEEN_WRITES = 30.0
-
-
-def is_in_bucket(path: epath.Path) -> bool:
-    """Whether the path is one of a bucket, such as gs://bucket/runs."""
-    return "://" in os.fspath(path)
 
 
 def absolute(path: epath.Path) -> epath.Path:
@@ -35,29 +32,40 @@ class GrowingFile:
     def __init__(self, path: epath.Path, *, seconds: float = _SECONDS_BETWEEN_WRITES):
         self._path = path
         self._seconds = seconds
-        self._file: IO[str] | None = None
+        self._file: io.FileIO | None = None
         self._parts: list[str] = []
         self._written = 0
         self._clock = -math.inf  # the first text is shown at once
         if not is_in_bucket(path):
-            self._file = path.open("a")
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         elif path.exists():
             self._parts.append(path.read_text())
             self._written = 1
 
     def write(self, text: str) -> None:
-        """Append text."""
+        """Append text; on a full disk none of it, so that what is there stays whole."""
         if self._file is not None:
-            self._file.write(text)
-            self._file.flush()
+            data, length = text.encode(), os.fstat(self._file.fileno()).st_size
+            try:
+                while data:
+                    data = data[self._file.write(data) :]
+            except OSError as error:
+                self._file.truncate(length)
+                raise OSError(error.errno, error.strerror, os.fspath(self._path)) from None
             return
         self._parts.append(text)
         if time.monotonic() - self._clock >= self._seconds:
             self._write_whole()
 
+    def sync(self) -> None:
+        """Flush what was written to the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Write what is left."""
         if self._file is not None:
+            self.sync()
             self._file.close()
         else:
             self._write_whole()

@@ -13,10 +13,11 @@ from mc_jax.data.pipeline import training_batches
 from mc_jax.parallel import local_rows, make_mesh, must_fit, on_mesh
 from mc_jax.training import run
 from mc_jax.training.checkpoint import Checkpoints
-from mc_jax.training.metrics import MetricsLog, read_metrics
+from mc_jax.training.metrics import MetricsLog
 from mc_jax.training.optimizer import annealed_top_k, learning_rate, make_optimizer
 from mc_jax.training.preemption import Preemption
 from mc_jax.training.progress import Progress
+from mc_jax.training.run_folder import opened
 from mc_jax.training.step import make_step
 from mc_jax.training.watchdog import Watchdog
 
@@ -45,18 +46,16 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
     must_fit(mesh, config)
     run_dir = epath.Path(run_dir)
     settings = config.training
-    dataset = run.prepare(run_dir, config, overwrite=overwrite)
     is_first = jax.process_index() == 0
-
-    tokens_per_step = settings.batch_size * config.data.context_length
-    # Loss is per token; bits per byte needs the corpus's mean length of a token.
-    bytes_per_token = dataset.train.num_bytes / dataset.train.num_pairs
-
     with (
+        opened(run_dir, config, overwrite=overwrite) as folder,
         jax.set_mesh(mesh),
         Preemption() as preemption,  # outside: no second signal may disturb the last checkpoint
         Checkpoints(run_dir, every=settings.checkpoint_every, keep=settings.keep_checkpoints) as checkpoints,
     ):
+        dataset = folder.dataset
+        # Loss is per token; bits per byte needs the corpus's mean length of a token.
+        bytes_per_token = dataset.train.num_bytes / dataset.train.num_pairs
         graph, like = run.abstract_state(config, dataset.tokenizer.vocab_size)
         step_fn = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(like.parameters))
@@ -65,6 +64,7 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
             state = checkpoints.load(start, like)
         else:
             _, state = run.new_state(config, dataset.tokenizer.vocab_size)
+        start_row = folder.begin(start)
         title = f"{run_dir.name}: {parameters / 1e6:.2f} M parameters, {len(dataset.train)} documents"
         title += f", {mesh.size} devices" if mesh.size > 1 else ""
         title += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -74,17 +74,18 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
             context_length=config.data.context_length,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            start_step=start,
+            start_row=start_row,
             align=document_alignment(config.model),
             rows=local_rows(settings.batch_size),
         )
         with (
-            MetricsLog(run_dir, start) if is_first else nullcontext() as log,
+            MetricsLog(run_dir, start, checkpoint_every=settings.checkpoint_every)
+            if is_first
+            else nullcontext() as log,
             Progress(settings.steps, start, title) if is_first else nullcontext() as progress,
             Watchdog() as watchdog,
         ):
-            earlier = read_metrics(run_dir) if is_first else []
-            seconds = earlier[-1]["seconds"] if earlier else 0.0
+            seconds = log.seconds if log is not None else 0.0
             clock = time.perf_counter()
 
             def record(step: int, rate: float, metrics: dict[str, jax.Array]) -> None:
@@ -92,17 +93,19 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
                 loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
                 now = time.perf_counter()
                 seconds, took, clock = seconds + now - clock, now - clock, now
+                rows = start_row + (step - start) * settings.batch_size
                 line = {
                     "step": step,
-                    "tokens": step * tokens_per_step,
+                    "tokens": rows * config.data.context_length,
                     "loss": loss,
                     "bits_per_byte": loss / math.log(2) / bytes_per_token,
                     "learning_rate": rate,
                     "grad_norm": grad_norm,
-                    "tokens_per_second": tokens_per_step / took,
+                    "tokens_per_second": settings.batch_size * config.data.context_length / took,
                     "seconds": seconds,
                 }
                 watchdog.done(step)
+                folder.check()
                 if log is not None and progress is not None:
                     log.write(line)
                     progress.update(line)

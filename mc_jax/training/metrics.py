@@ -5,13 +5,16 @@ step k goes on with step k + 1. The framework's fields: step, tokens (seen so fa
 bits_per_byte, learning_rate, grad_norm, tokens_per_second, seconds (since the run began).
 """
 
+import contextlib
 import json
 import math
 from typing import Any, Self
 
 from etils import epath
 
+from mc_jax.data.files import write_text
 from mc_jax.training._buckets import GrowingFile
+from mc_jax.training._tensorboard import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -22,40 +25,45 @@ class MetricsLog:
 
     Opened at `start_step` k it first drops what an interrupted run wrote after step k, so a resumed run has
     one line a step, and tells TensorBoard to do the same. On a disk a kill loses at most the line it hits, in
-    a bucket those of half a minute.
+    a bucket those of half a minute; a power cut none that a checkpoint has behind it.
 
     Args:
       run_dir: The run's folder; made where it is missing.
       start_step: Steps that the checkpoint has behind it; 0 for a new run.
+      checkpoint_every: Steps between checkpoints, before each of which the file is flushed to the disk.
 
     Raises:
       ValueError: an older line of the file is not JSON.
     """
 
-    def __init__(self, run_dir: epath.PathLike, start_step: int):
-        # Imported here: it takes most of a second, which commands that only read metrics need not wait for.
-        from tensorboardX import SummaryWriter
-
+    def __init__(self, run_dir: epath.PathLike, start_step: int, *, checkpoint_every: int = 1):
         run_dir = epath.Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        _drop_lines_after(run_dir, start_step)
+        earlier = _drop_lines_after(run_dir, start_step)
+        lost = start_step - len(earlier)
+        if lost > 0:
+            print(
+                f"{run_dir / METRICS_FILE} lacks {lost} of the {start_step} steps before the checkpoint, "
+                "as after a power cut; the run goes on without them",
+                flush=True,
+            )
+        self.seconds: float = earlier[-1].get("seconds", 0.0) if earlier else 0.0
+        """What the steps before took."""
+        self._checkpoint_every = checkpoint_every
         self._last_step = start_step
         self._file = GrowingFile(run_dir / METRICS_FILE)
-        # TensorBoard hides events from purge_step on that older files hold. The suffix keeps two runs that
-        # start within one second from writing the same file.
-        self._tensorboard = SummaryWriter(
-            str(run_dir / TENSORBOARD_FOLDER),
-            purge_step=start_step + 1,
-            flush_secs=30,
-            filename_suffix=f".from{start_step}",
-        )
+        self._tensorboard = EventFile(str(run_dir / TENSORBOARD_FOLDER), start_step)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._tensorboard.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # After a full disk closing fails too: the first error is the one to be told.
+        with contextlib.suppress(*(() if kind is None else (OSError,))):
+            try:
+                self._file.close()
+            finally:
+                self._tensorboard.close()
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one step's metrics.
@@ -70,9 +78,9 @@ class MetricsLog:
         self._last_step = step
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            if name != "step":
-                self._tensorboard.add_scalar(f"training/{name}", value, global_step=step)
+        if step % self._checkpoint_every == 0:
+            self._file.sync()
+        self._tensorboard.write(step, {name: value for name, value in values.items() if name != "step"})
 
 
 def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
@@ -82,7 +90,8 @@ def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
       run_dir: The run's folder.
 
     Returns:
-      One dict of numbers a line. What was not finite is nan. A last line that a kill tore is left out.
+      One dict of numbers a line. What was not finite is nan. A last line that a kill tore is left out, and
+      so is what a power cut left as zeros.
 
     Raises:
       ValueError: a line before the last is not JSON.
@@ -92,22 +101,21 @@ def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     # A whole file ends in a newline, so what follows the last one is empty, or torn.
-    return [_parse(line, number, path) for number, line in enumerate(lines[:-1], start=1)]
+    return [_parse(line, number, path) for number, line in enumerate(lines[:-1], start=1) if "\0" not in line]
 
 
-def _drop_lines_after(run_dir: epath.Path, step: int) -> None:
+def _drop_lines_after(run_dir: epath.Path, step: int) -> list[dict[str, Any]]:
+    """Forget the metrics of later steps; return the others."""
     path = run_dir / METRICS_FILE
     if not path.exists():
-        return
+        return []
     kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
     text = "".join(
         json.dumps({name: None if math.isnan(value) else value for name, value in line.items()}) + "\n"
         for line in kept
     )
-    # Written beside and renamed: a kill leaves the old file or the new one, never half of one.
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    write_text(path, text)
+    return kept
 
 
 def _parse(line: str, number: int, path: epath.Path) -> dict[str, Any]:

@@ -48,7 +48,13 @@ def test_resuming_at_a_step_goes_on_exactly(store, start):
     skipped = itertools.islice(
         training_batches(store, context_length=32, batch_size=4, seed=3), start, start + 6
     )
-    assert_same(take(store, 6, seed=3, start_step=start), skipped)
+    assert_same(take(store, 6, seed=3, start_row=4 * start), skipped)
+
+
+def test_other_batches_go_on_with_the_row_after_the_last_one(store):
+    whole = [row for batch in take(store, 9, batch_size=1) for row in batch["inputs"]]
+    smaller = [row for batch in take(store, 2, batch_size=3, start_row=3) for row in batch["inputs"]]
+    np.testing.assert_array_equal(smaller, whole[3:])
 
 
 def test_the_order_of_a_seed_is_frozen():
@@ -98,7 +104,7 @@ def test_a_store_on_disk_gives_the_same_batches(store, tmp_path):
 
 
 def test_processes_that_read_their_own_rows_read_the_batch_between_them(store):
-    settings = {"context_length": 32, "batch_size": 4, "seed": 3, "start_step": 2}
+    settings = {"context_length": 32, "batch_size": 4, "seed": 3, "start_row": 8}
     whole = take(store, 5, **settings)
     parts = [take(store, 5, rows=rows, **settings) for rows in ([0, 2], [1, 3])]
     for step, batch in enumerate(whole):

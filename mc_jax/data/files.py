@@ -1,0 +1,145 @@
+"""Files and folders that are whole or not there, after a power cut too; JSON whose errors name the file.
+
+A rename is atomic, but a file system may write the new name to disk before the content: what counts is
+flushed (fsync) first, and its folder after. An object of a bucket is written whole, and has no folder.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+UNFINISHED = (".part", ".partial")
+"""How the names end of what was never finished; nobody reads it."""
+
+
+def is_in_bucket(path: epath.PathLike) -> bool:
+    """Whether the path is one of a bucket, such as gs://bucket/runs."""
+    return "://" in os.fspath(path)
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Write a file whole or not at all: a kill or a power cut leaves the old one or the new one."""
+    path = epath.Path(path)
+    if is_in_bucket(path):
+        path.write_text(text)
+        return
+    part = path.with_name(path.name + UNFINISHED[0])
+    try:
+        part.write_text(text)
+        sync(part)
+        part.replace(path)
+    except OSError:  # a full disk: what is there of the new one is in the way
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_json(path: epath.PathLike, values: Any, indent: int | None = 2) -> None:
+    """Write `values` as a JSON file, whole or not at all; its folder is made where it is missing."""
+    make_folder(epath.Path(path).parent)
+    write_text(path, json.dumps(values, indent=indent) + "\n")
+
+
+def make_folder(path: epath.PathLike) -> list[epath.Path]:
+    """Make a folder and those above it, and return the ones that were missing, deepest first."""
+    path = epath.Path(path)
+    made: list[epath.Path] = []
+    if is_in_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)
+        return made
+    above = path
+    while not above.exists():
+        made.append(above)
+        above = above.parent
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        sync(folder.parent)
+    return made
+
+
+def sync(path: epath.PathLike) -> None:
+    """Flush a file's content, or a folder's names, to the disk; nothing where the path is in a bucket."""
+    if is_in_bucket(path):
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # such as folders of some network file systems
+            raise
+    finally:
+        os.close(opened)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Generator[Path]:
+    """Yield an empty folder beside `path`, which takes that name at the end.
+
+    On an error (or an interrupt) it is removed, so `path` is never half-made. What a kill leaves is removed
+    here by the next one that makes `path`; a lock on it tells that nobody writes to it any more.
+    """
+    make_folder(path.parent)
+    for left in path.parent.iterdir():
+        if left.name.startswith(f".{path.name}.") and left.suffix == UNFINISHED[1]:
+            with contextlib.suppress(OSError), _locked(left):
+                shutil.rmtree(left)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{UNFINISHED[1]}")
+    partial.mkdir()
+    try:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it
+                stack.enter_context(_locked(partial))
+            yield partial
+            for folder, _, files in os.walk(partial):
+                for name in files:
+                    sync(os.path.join(folder, name))
+                sync(folder)
+            os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Generator[None]:
+    """Hold a lock on a folder; OSError where another holds it, or there are none."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(opened)
+
+
+def read_json(
+    path: epath.PathLike, *, kind: str, version: int, fields: Iterable[str], cure: str
+) -> dict[str, Any]:
+    """Read a JSON object that says it is of this `kind` and `version` and has all `fields`.
+
+    Raises:
+      ValueError: the file is missing, damaged, or of another kind or version; one line with `cure`.
+    """
+    try:
+        values = json.loads(epath.Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no {kind} at {path}; {cure}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable {kind} ({error}); {cure}") from None
+    if not isinstance(values, dict) or values.get("kind") != kind:
+        raise ValueError(f"{path} is not a {kind} of mc_jax; {cure}")
+    if values.get("version") != version:
+        raise ValueError(
+            f"{path} is a {kind} of version {values.get('version')}, this mc_jax reads {version}; {cure}"
+        )
+    if missing := [field for field in fields if field not in values]:
+        raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}; {cure}")
+    return values

@@ -1,0 +1,219 @@
+"""A run's folder, opened to train: who may write to it, what is in it, and how a run begins or goes on.
+
+Process 0 looks and writes; what it refuses ends all. A folder that has a config.json is a run; without one it
+is empty, half made (a kill, a full disk) or not ours.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+from mc_jax import config as configs
+from mc_jax.config import Config
+from mc_jax.data.dataset import Dataset, open_data
+from mc_jax.data.files import UNFINISHED, write_text
+from mc_jax.parallel.processes import first_decides, must_agree
+from mc_jax.training.checkpoint import CHECKPOINTS_FOLDER
+from mc_jax.training.lock import LOCK_FILE, RunLock
+from mc_jax.training.run import CONFIG_FILE, TOKENIZER_FILE, read_config
+from mc_jax.training.seal import is_sealed
+from mc_jax.training.stages import STAGES_FILE, Stages, one_stage, read_stages, write_stages
+
+_REPORT_FILE = "report.html"
+# What config.json is called while an --overwrite deletes the run: then any start finishes that first.
+_OVERWRITTEN_FILE = "overwritten" + UNFINISHED[0]
+_NAMES_OF_DATA = ("data.corpus", "data.tokenizer", "data.vocab_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A run's folder in the hands of its training."""
+
+    folder: epath.Path
+    config: Config
+    dataset: Dataset
+    stages: Stages
+    """As the folder has them."""
+    lock: RunLock | None
+    """Process 0's."""
+
+    def check(self) -> None:
+        """See that the folder is still there and ours; to be called before anything is written.
+
+        Raises:
+          ValueError: it was deleted, moved, or taken over.
+        """
+        if self.lock is not None:
+            self.lock.check()
+
+    def begin(self, step: int) -> int:
+        """Write down the stage that begins after `step`, if it is another; return the rows read before."""
+        stages = self.stages.at(step, self.config)
+        if self.lock is not None and stages != self.stages:
+            write_stages(self.folder, stages)
+            write_text(self.folder / CONFIG_FILE, configs.to_json(self.config))
+            if stages.changes():
+                changed = ", ".join(
+                    f"{name} {old!r} -> {new!r}" for name, (old, new) in stages.changes()[-1][2].items()
+                )
+                print(f"{self.folder} goes on with other settings from step {step}: {changed}", flush=True)
+        return stages.rows_before(step)
+
+
+@contextlib.contextmanager
+def opened(run_dir: epath.Path, config: Config, *, overwrite: bool) -> Iterator[OpenRun]:
+    """Hold a run's folder and open its data: made where it is missing, locked until the end.
+
+    Raises:
+      ValueError: another training holds the folder, it holds something else, the data does not fit, or the
+        processes differ in their settings, their data, or what they see of the folder. Nothing is written
+        in these cases, but in the last one.
+    """
+    must_agree("settings", f"{run_dir} {overwrite} {configs.to_json(config)}")
+    with contextlib.ExitStack() as stack:
+        found: OpenRun | None = None
+
+        def open_first() -> None:
+            nonlocal found
+            lock = stack.enter_context(RunLock(run_dir))
+            found = _open(run_dir, config, lock, overwrite=overwrite)
+
+        first_decides(open_first)
+        if found is None:
+            path = run_dir / CONFIG_FILE
+            if not path.exists():
+                raise ValueError(
+                    f"process {jax.process_index()} does not see {path}, which process 0 has; "
+                    "set --runs-dir to a folder on a file system that all processes share"
+                )
+            dataset = open_data(config.data, run_dir / TOKENIZER_FILE)
+            found = OpenRun(run_dir, config, dataset, read_stages(run_dir), None)
+        must_agree("text to train on", found.dataset.train.content_hash())
+        yield found
+
+
+def newest_step(run_dir: epath.Path) -> int | None:
+    """The newest step that has a folder among a run's checkpoints, whole or not; None without one."""
+    folder = run_dir / CHECKPOINTS_FOLDER
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.exists() else []
+    return max(steps, default=None)
+
+
+def _open(run_dir: epath.Path, config: Config, lock: RunLock, *, overwrite: bool) -> OpenRun:
+    if (run_dir / _OVERWRITTEN_FILE).exists():
+        _delete(run_dir)
+    if overwrite and (run_dir / CONFIG_FILE).exists() and not _is_the_same_command(run_dir, config):
+        open_data(config.data)  # what it refuses must be told before anything is lost
+        (run_dir / CONFIG_FILE).rename(run_dir / _OVERWRITTEN_FILE)
+        _delete(run_dir)
+    earlier = _earlier(run_dir)
+    if earlier is None:
+        dataset = open_data(config.data)
+        return OpenRun(run_dir, config, dataset, _make(run_dir, config, dataset, overwrite), lock)
+    dataset = open_data(config.data, run_dir / TOKENIZER_FILE)
+    _must_go_on(run_dir, config, earlier)
+    if overwrite:
+        print(
+            f"{run_dir} is a run that --overwrite began and that has not ended: it goes on; "
+            "delete the folder to start anew",
+            flush=True,
+        )
+    if not (run_dir / TOKENIZER_FILE).exists():
+        dataset.tokenizer.save(run_dir / TOKENIZER_FILE)
+    stages = read_stages(run_dir)
+    return OpenRun(run_dir, config, dataset, stages if stages.stages else one_stage(earlier), lock)
+
+
+def _earlier(run_dir: epath.Path) -> Config | None:
+    """The settings of the run that the folder holds; None where it is empty, or half made.
+
+    Raises:
+      ValueError: it holds something else, or its config.json cannot be read.
+    """
+    path = run_dir / CONFIG_FILE
+    has_checkpoints = newest_step(run_dir) is not None
+    if path.exists():
+        try:
+            return read_config(run_dir)
+        except ValueError:
+            if has_checkpoints:
+                raise
+            return None  # cut off by a full disk or a power cut, before anything was trained
+    if has_checkpoints:
+        raise ValueError(
+            f"{run_dir} has checkpoints and no {CONFIG_FILE}; restore it, or choose another --name"
+        )
+    ours = (LOCK_FILE, TOKENIZER_FILE, STAGES_FILE, CHECKPOINTS_FOLDER)
+    for entry in run_dir.iterdir():
+        if entry.name not in ours and entry.suffix not in UNFINISHED and not entry.name.startswith("."):
+            raise ValueError(f"{run_dir} is not empty and not a run; choose another name with --name")
+    return None
+
+
+def _make(run_dir: epath.Path, config: Config, dataset: Dataset, overwrite: bool) -> Stages:
+    """Write what a run begins with, the config last: a folder that has one is a run."""
+    for entry in run_dir.iterdir():
+        if entry.suffix in UNFINISHED:
+            _remove(entry)
+    dataset.tokenizer.save(run_dir / TOKENIZER_FILE)
+    stages = Stages(overwrites=overwrite).at(0, config)
+    write_stages(run_dir, stages)
+    write_text(run_dir / CONFIG_FILE, configs.to_json(config))
+    return stages
+
+
+def _is_the_same_command(run_dir: epath.Path, config: Config) -> bool:
+    """Whether a launcher sends a command with --overwrite again, that a kill or SIGTERM ended.
+
+    It is one if such a command began the run, with these settings, and the run has not come to its report.
+    """
+    try:
+        earlier = read_config(run_dir)
+        if _changed(config, earlier) or not read_stages(run_dir).overwrites:
+            return False
+    except ValueError:  # damaged: to be overwritten
+        return False
+    report = run_dir / _REPORT_FILE
+    is_reported = report.exists() and report.stat().mtime >= (run_dir / CONFIG_FILE).stat().mtime
+    return not (is_reported and (newest_step(run_dir) or 0) >= config.training.steps)
+
+
+def _must_go_on(run_dir: epath.Path, config: Config, earlier: Config) -> None:
+    changed = _changed(config, earlier)
+    past = {name: values for name, values in changed.items() if is_sealed(name) or name in _NAMES_OF_DATA}
+    if past:
+        listed = ", ".join(f"{name} {old!r} there, {new!r} here" for name, (new, old) in past.items())
+        raise ValueError(
+            f"{run_dir} holds a run that was trained otherwise ({listed}), and what is trained cannot "
+            "be changed; choose another --name, or --overwrite what is there"
+        )
+    step = newest_step(run_dir) or 0
+    if changed and config.training.steps < step:
+        raise ValueError(
+            f"training.steps is {config.training.steps} and {run_dir} has trained {step} already; "
+            f"set it to {step} or more, or choose another --name"
+        )
+
+
+def _changed(config: Config, earlier: Config) -> dict[str, tuple[object, object]]:
+    """What differs, but for the mesh: a run may go on on other devices."""
+    return configs.differences(dataclasses.replace(config, mesh=earlier.mesh), earlier)
+
+
+def _delete(run_dir: epath.Path) -> None:
+    """Delete a run, its checkpoints first, but for the lock; what marks this at last."""
+    kept = (LOCK_FILE, _OVERWRITTEN_FILE)
+    for entry in sorted(run_dir.iterdir(), key=lambda entry: entry.name != CHECKPOINTS_FOLDER):
+        if entry.name not in kept:
+            _remove(entry)
+    (run_dir / _OVERWRITTEN_FILE).unlink()
+
+
+def _remove(path: epath.Path) -> None:
+    if path.is_dir():
+        path.rmtree()
+    else:
+        path.unlink()
