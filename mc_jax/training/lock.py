@@ -181,7 +181,7 @@ class RunLock:
             self._opened = None
         for folder in self._made:  # deepest first; those that hold something stay
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                os.rmdir(folder)
 
     def _refusal(self, holder: dict[str, Any] | None) -> ValueError:
         return ValueError(
