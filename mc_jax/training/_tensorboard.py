@@ -4,9 +4,10 @@ tensorboardX's own writer hands events through a queue to a thread: a full disk 
 training then waits for ever for a place in the queue. Its records are used here, without the thread.
 """
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
@@ -43,12 +44,23 @@ class EventFile:
         ]
         self._write(step=step, summary=summary(value=scalars))
         if time.monotonic() - self._flushed >= _SECONDS_BETWEEN_FLUSHES:
-            self._writer.flush()
+            with self._named():
+                self._writer.flush()
             self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        with self._named():
+            self._writer.close()
 
     def _write(self, **content: Any) -> None:
-        self._writer.write_event(self._events["Event"](wall_time=time.time(), **content))
+        with self._named():
+            self._writer.write_event(self._events["Event"](wall_time=time.time(), **content))
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Let an error of the file system name the file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._writer._file_name) from None

@@ -1,11 +1,16 @@
 """A run's record survives kills and resumes."""
 
+import contextlib
+import errno
 import json
 import math
+import os
+import resource
 
 import numpy as np
 import pytest
 
+from mc_jax.training._tensorboard import EventFile
 from mc_jax.training.metrics import MetricsLog, read_metrics
 
 
@@ -54,6 +59,69 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is not JSON"):
         read_metrics(tmp_path)
+
+
+def test_zeros_that_a_power_cut_left_are_skipped_and_what_is_lost_is_told(tmp_path, capsys):
+    lines = [json.dumps(_step(step)) + "\n" for step in range(1, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:2]) + "\0" * 50 + "\n" + lines[4] + "\0" * 99)
+    assert read_metrics(tmp_path) == [_step(1), _step(2), _step(5)]
+    with MetricsLog(tmp_path, start_step=5) as log:
+        log.write(_step(6))
+    assert "metrics.jsonl lacks 2 of the 5 steps before the checkpoint" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 5, 6]
+    assert "\0" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_lines_are_on_the_disk_before_the_checkpoint_of_their_step_counts(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def sync(opened):
+        if os.readlink(f"/proc/self/fd/{opened}").endswith("metrics.jsonl"):
+            synced.append((tmp_path / "metrics.jsonl").read_text().count("\n"))
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with MetricsLog(tmp_path, start_step=0, checkpoint_every=5) as log:
+        for step in range(1, 13):
+            log.write(_step(step))
+    assert synced == [5, 10, 12]
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file grows beyond this size."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("room", [1000, 1001, 1050])
+def test_a_full_disk_is_told_with_the_file_and_leaves_whole_lines(tmp_path, room):
+    def write():
+        with MetricsLog(tmp_path, start_step=0, checkpoint_every=100) as log:
+            for step in range(1, 100):
+                log.write(_step(step))
+
+    with full_disk(room), pytest.raises(OSError, match=r"metrics\.jsonl") as raised:
+        write()
+    assert raised.value.errno == errno.EFBIG
+    steps = [line["step"] for line in read_metrics(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n"), "no torn line is left"
+
+
+def test_a_full_disk_ends_the_events_too_instead_of_a_thread_that_all_wait_for(tmp_path):
+    def write():
+        events = EventFile(str(tmp_path), 0)
+        for step in range(1, 1000):
+            events.write(step, {"loss": 1.0})
+
+    with full_disk(1000), pytest.raises(OSError, match=r"events\.out") as raised:
+        write()
+    assert raised.value.errno == errno.EFBIG
 
 
 def test_numbers_that_are_not_finite_leave_the_file_valid_json(tmp_path):

@@ -1,5 +1,6 @@
 """A run that is stopped in any way and started again must end as one that was not."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,6 +10,10 @@ import sys
 import time
 
 import pytest
+
+from mc_jax._recipes import load_recipe
+from mc_jax.config import Config
+from mc_jax.training import loop
 
 pytestmark = pytest.mark.xdist_group("resume")  # one worker: they share a run
 
@@ -125,18 +130,23 @@ def test_a_finished_run_started_again_trains_no_more_but_reports_again(workplace
     assert (whole / "report.html").exists()
 
 
-def test_a_folder_with_another_run_is_refused_with_the_differences(workplace, whole):
-    before = (whole / "config.json").read_text()
-    refused = subprocess.run(
-        [*_command("whole"), "--training.learning-rate", "0.5"],
-        cwd=workplace,
-        env=_environment(workplace),
-        capture_output=True,
-        text=True,
-        check=False,
+def test_a_run_made_longer_ends_as_one_that_was_meant_so_from_the_start(workplace, capsys):
+    long, short = (_constant(workplace, steps) for steps in (12, 6))
+    loop.train(long, workplace / "runs" / "long")
+    loop.train(short, workplace / "runs" / "longer")
+    capsys.readouterr()
+    assert loop.train(long, workplace / "runs" / "longer") == 12
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.endswith("longer goes on with other settings from step 6: training.steps 6 -> 12")
+    names = ("step", "tokens", "loss", "grad_norm")
+    long_steps, longer_steps = (
+        [{name: line[name] for name in names} for line in _steps(workplace / "runs" / run)]
+        for run in ("long", "longer")
     )
-    assert refused.returncode == 2
-    assert "training.learning_rate 0.01 there, 0.5 here" in refused.stderr
-    assert "--overwrite" in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) == 1
-    assert (whole / "config.json").read_text() == before
+    assert longer_steps == long_steps
+
+
+def _constant(workplace: pathlib.Path, steps: int) -> Config:
+    config = load_recipe(str(workplace / "tiny.py"))[2]
+    training = dataclasses.replace(config.training, steps=steps, schedule="constant")
+    return dataclasses.replace(config, training=training)
