@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from mc_jax._recipes import load_recipe
 from mc_jax.config import Config
+from mc_jax.parallel import make_mesh
 from mc_jax.training import loop
 
 pytestmark = pytest.mark.xdist_group("resume")  # one worker: they share a run
@@ -130,6 +132,17 @@ def test_a_finished_run_started_again_trains_no_more_but_reports_again(workplace
     assert (whole / "report.html").exists()
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Three trainings in this process, on one device, compile their programs once."""
+    monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+@pytest.mark.usefixtures("one_device")
 def test_a_run_made_longer_ends_as_one_that_was_meant_so_from_the_start(workplace, capsys):
     long, short = (_constant(workplace, steps) for steps in (12, 6))
     loop.train(long, workplace / "runs" / "long")
@@ -148,5 +161,6 @@ def test_a_run_made_longer_ends_as_one_that_was_meant_so_from_the_start(workplac
 
 def _constant(workplace: pathlib.Path, steps: int) -> Config:
     config = load_recipe(str(workplace / "tiny.py"))[2]
+    model = dataclasses.replace(config.model, num_layers=1, aggregation="none")
     training = dataclasses.replace(config.training, steps=steps, schedule="constant")
-    return dataclasses.replace(config, training=training)
+    return dataclasses.replace(config, model=model, training=training)
