@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._state import Weights, state_dtype
 
 gelu = functools.partial(jax.nn.gelu, approximate=True)
@@ -18,9 +19,10 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=state_dtype(a))
 
 
-def query(q: jax.Array, weights: Weights) -> jax.Array:
-    """Return q M, or an MLP's branch gelu(q W_in) W_out, [..., V] for q [..., K]; float32 at least."""
+def query(q: jax.Array, weights: Weights, branch: Branch | None = None) -> jax.Array:
+    """Return q M, or an MLP's `branch` at q, [..., V] for q [..., K]; float32 at least."""
     if isinstance(weights, tuple):
+        assert branch is not None
         w_in, w_out = weights
-        return matmul(gelu(matmul(q, w_in)).astype(q.dtype), w_out)
+        return branch.of(matmul(gelu(matmul(q, w_in)).astype(q.dtype), w_out))
     return matmul(q, weights)

@@ -14,6 +14,7 @@ FIELDS = (
     "model.mlp_dim",
     "model.memory",
     "model.memory_depth",
+    "model.memory_branch",
     "model.aggregation",
     "model.segment_length",
     "model.segmentation",

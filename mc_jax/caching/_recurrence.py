@@ -11,7 +11,7 @@ from pallas_kernels._state import Weights
 
 def memory_of(settings: Settings, coefficients: Coefficients, weights: Weights | None) -> Memory:
     """The memory by the settings' name, for states like `weights`, if it knows all the coefficients."""
-    memory = memory_for(settings.memory, weights)
+    memory = memory_for(settings.memory, weights, settings.branch)
     for name, value in coefficients._asdict().items():
         if value is not None and name not in memory.coefficients:
             known = ", ".join(memory.coefficients)

@@ -41,6 +41,7 @@ def memory_caching(
     initial_state: Weights | None = None,
     chunk_length: int = 64,
     selected_read: str | None = None,
+    branch: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Write all tokens to a recurrent memory, cache its state at every segment's end, read them together.
@@ -73,6 +74,8 @@ def memory_caching(
         "titans", and of MLPs, are taken at the state that a chunk starts from.
       selected_read: how "sparse" reads: "dense" (all cached memories, most with a gate of 0) or "grouped"
         (tokens that read the same one together); None: what is faster for so many memories.
+      branch: what an MLP adds to its query: "bounded" stays finite, "plain" is the paper's and may grow
+        without bound; None: "bounded", or that the memory is a matrix.
       implementation: of the ops beneath; None picks the best for the platform.
 
     Returns:
@@ -91,6 +94,7 @@ def memory_caching(
         top_k=top_k,
         router_blocks=router_blocks,
         selected_read=selected_read,
+        branch=branch,
         implementation=implementation,
     )
     routing = None

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.memories import MEMORIES
+from pallas_kernels._branch import BRANCHES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Settings:
     top_k: int | None = None
     router_blocks: int = 1
     selected_read: str | None = None
+    branch: str | None = None
     implementation: str | None = None
 
     def __post_init__(self):
@@ -31,6 +33,7 @@ class Settings:
         _must_be_in("aggregation", self.aggregation, AGGREGATIONS)
         _must_be_in("segmentation", self.segmentation, ("constant", "logarithmic"))
         _must_be_in("segment_init", self.segment_init, ("checkpoint", "independent"))
+        _must_be_in("branch", self.branch, (None, *BRANCHES))
         _must_be_in("selected_read", self.selected_read, (None, "dense", "grouped"))
         for name in ("segment_length", "chunk_length", "router_blocks"):
             if getattr(self, name) < 1:

@@ -94,6 +94,11 @@ def _check_model(model: ModelConfig) -> None:
     )
     deep = model.memory in ("dla", "titans")
     _must_go_together("model.memory_depth", model.memory_depth, deep, f"model.memory {model.memory!r}", "2")
+    if model.memory_branch is not None and model.memory_depth != 2:
+        raise ConfigError(
+            f"model.memory_branch {model.memory_branch!r} has no effect with model.memory_depth "
+            f"{model.memory_depth}; set it to None, or model.memory_depth to 2"
+        )
     reads_top_k = model.aggregation in ("sparse", "average")
     aggregation = f"model.aggregation {model.aggregation!r}"
     _must_go_together("model.top_k", model.top_k, reads_top_k, aggregation, "2")

@@ -8,6 +8,9 @@ from typing import Any
 from mc_jax.config.checks import must_fit
 from mc_jax.config.settings import Config, ConfigError
 
+# What MLP memories were before there was a setting for it: a config.json without it means that.
+_LEFT_OUT_BRANCH = {"memory_branch": "plain"}
+
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested dicts of JSON values."""
@@ -36,6 +39,8 @@ def from_dict(values: dict[str, Any]) -> Config:
         for field, value in fields.items():
             _must_be_known(f"{name}.{field}", field, known)
             must_fit(f"{name}.{field}", value, known[field])
+        if name == "model" and fields.get("memory_depth") == 2:
+            fields = _LEFT_OUT_BRANCH | fields
         built[name] = section_type(**fields)
     return Config(**built)
 

@@ -35,6 +35,9 @@ class ModelConfig:
     """The recurrence: how tokens are written to a memory."""
     memory_depth: Literal[1, 2] | None = None
     """State of "dla" and "titans": 1 a matrix, 2 an MLP. None for the others, whose state is a matrix."""
+    memory_branch: Literal["bounded", "plain"] | None = None
+    """What an MLP memory adds to its query: "bounded" stays finite, "plain" is the paper's and may become
+    NaN. None: "bounded", or that the state is a matrix."""
     aggregation: AggregationName = "gated"
     """How the online and the cached memories are read together; "none" is the base recurrence."""
     segment_length: int = 256

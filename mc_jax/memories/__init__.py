@@ -27,18 +27,25 @@ MEMORIES: dict[str, Family] = {
 }
 
 
-def memory_for(name: str, weights: Weights | None) -> Memory:
+def memory_for(name: str, weights: Weights | None, branch: str | None = None) -> Memory:
     """The memory `name` for states like `weights`: a pair is an MLP, an array or None a matrix.
 
+    `branch` is an MLP's, "bounded" or "plain"; None: "bounded".
+
     Raises:
-      ValueError: a pair for a memory that is a matrix by its rule.
+      ValueError: a pair for a memory that is a matrix by its rule, or a branch for a matrix.
     """
     family = MEMORIES[name]
     if not isinstance(weights, tuple):
+        if branch is not None:
+            raise ValueError(
+                f"branch {branch!r} has no effect on memory {name!r} whose state is a matrix; leave it out, "
+                "or give an MLP's pair as initial_state"
+            )
         return family.matrix
     if family.mlp is None:
         raise ValueError(f"memory {name!r} is a matrix; give one array as initial_state, not a pair")
-    return family.mlp
+    return family.mlp("bounded" if branch is None else branch)
 
 
 __all__ = [

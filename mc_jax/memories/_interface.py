@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, S segments, H heads, K key dim, V value dim, N states
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -204,5 +205,5 @@ class Family:
     """A recurrence and the kinds of state it is defined on."""
 
     matrix: Memory
-    mlp: MixableMemory | None = None
-    """None where the rule is about a matrix."""
+    mlp: Callable[[str], MixableMemory] | None = None
+    """Of the branch; None where the rule is about a matrix."""

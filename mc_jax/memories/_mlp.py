@@ -1,4 +1,4 @@
-"""Memories whose state is an MLP: M(x) = x + gelu(x W_in) W_out, written by gradients (MC eq. 30, 34)."""
+"""Memories whose state is an MLP: M(x) = x + branch(gelu(x W_in) W_out) (MC eq. 30, 34)."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,8 @@ import jax
 
 from mc_jax.memories._interface import Coefficients, Layout, MemoryRun
 from pallas_kernels import deep_memory, deep_memory_step, gated_state_read, routed_state_read
-from pallas_kernels._state import OnlineState, Weights
+from pallas_kernels._branch import Branch
+from pallas_kernels._state import OnlineState, Weights, state_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +17,22 @@ class MlpMemory:
 
     objective: str
     coefficients: tuple[str, ...]
+    branch: str = "bounded"
+    """Of z = gelu(x W_in) W_out: "bounded" or "plain"."""
 
     def run(
         self, q: jax.Array, k: jax.Array, v: jax.Array, coefficients: Coefficients, layout: Layout
     ) -> MemoryRun:
         """Write and query all tokens; reads are those of the branch."""
-        found = deep_memory(q, k, v, objective=self.objective, **coefficients._asdict(), **layout.arguments())
+        found = deep_memory(
+            q,
+            k,
+            v,
+            objective=self.objective,
+            branch=self.branch,
+            **coefficients._asdict(),
+            **layout.arguments(),
+        )
         return MemoryRun(*found[:3])
 
     def step(
@@ -35,17 +46,24 @@ class MlpMemory:
     ) -> tuple[jax.Array, OnlineState]:
         """Write and query one token a row."""
         found = deep_memory_step(
-            state, q, k, v, objective=self.objective, **coefficients._asdict(), chunk_start=chunk_start
+            state,
+            q,
+            k,
+            v,
+            objective=self.objective,
+            branch=self.branch,
+            **coefficients._asdict(),
+            chunk_start=chunk_start,
         )
         return found[0], found[1]
 
     def read(self, q: jax.Array, gates: jax.Array, states: Weights, segment_length: int | None) -> jax.Array:
         """The gated sum of all states' branches."""
-        return gated_state_read(q, gates, states, segment_length=segment_length)
+        return gated_state_read(q, gates, states, branch=self.branch, segment_length=segment_length)
 
     def read_selected(self, q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
         """The gated sum of the selected states' branches."""
-        return routed_state_read(q, gates, indices, states)
+        return routed_state_read(q, gates, indices, states, branch=self.branch)
 
     def skip(self, q: jax.Array) -> jax.Array:
         """M(q) = q + branch."""
@@ -65,8 +83,8 @@ class MlpMemory:
     ) -> jax.Array:
         """Mix layer by layer, so that no weights are built per token (MC eq. 14-15).
 
-        hidden = gelu(sum_i g_i q W_in^i), then sum_i g_i hidden W_out^i. The tokens are written a second
-        time: the first time gave the states that are mixed in here.
+        hidden = gelu(sum_i g_i q W_in^i), then the branch of sum_i g_i hidden W_out^i. The tokens are written
+        a second time: the first time gave the states that are mixed in here.
         """
         w_in, w_out = states
         cached = gated_state_read(q, gates, w_in, segment_length=segment_length)
@@ -75,14 +93,15 @@ class MlpMemory:
             k,
             v,
             objective=self.objective,
+            branch=self.branch,
             hidden_bias=cached,
             hidden_gate=online_gate,
             **coefficients._asdict(),
             **layout.arguments(),
         )
-        branch, hidden = found[0], found[-1]
+        online, hidden = found[0], found[-1]
         cached = gated_state_read(hidden, gates, w_out, segment_length=segment_length)
-        return q + branch + cached
+        return q + self._branch_of_mixture(online, cached)
 
     def step_mixed(
         self,
@@ -105,10 +124,17 @@ class MlpMemory:
             k,
             v,
             objective=self.objective,
+            branch=self.branch,
             hidden_bias=cached,
             hidden_gate=online_gate,
             **coefficients._asdict(),
             chunk_start=chunk_start,
         )
-        branch, state, hidden = found[0], found[1], found[-1]
-        return q + branch + gated_state_read(hidden[:, None], gates[:, None], w_out)[:, 0], state
+        online, state, hidden = found[0], found[1], found[-1]
+        cached = gated_state_read(hidden[:, None], gates[:, None], w_out)[:, 0]
+        return q + self._branch_of_mixture(online, cached), state
+
+    def _branch_of_mixture(self, online: jax.Array, cached: jax.Array) -> jax.Array:
+        """The branch of z = online + cached [..., V], in their dtype."""
+        z = online.astype(state_dtype(online)) + cached
+        return Branch(self.branch).of(z).astype(online.dtype)

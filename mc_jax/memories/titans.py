@@ -4,10 +4,14 @@ S_t = m_t S_{t-1} - h_t grad, M_t = a_t M_{t-1} + S_t. The Memory Caching paper 
 which with its S climbs the loss.
 """
 
+import functools
+
 from mc_jax.memories._interface import Family
 from mc_jax.memories._matrix import MatrixMemory
 from mc_jax.memories._mlp import MlpMemory
 
 _COEFFICIENTS = ("retention", "step", "momentum")
 
-TITANS = Family(matrix=MatrixMemory("titans", _COEFFICIENTS), mlp=MlpMemory("l2", _COEFFICIENTS))
+TITANS = Family(
+    matrix=MatrixMemory("titans", _COEFFICIENTS), mlp=functools.partial(MlpMemory, "l2", _COEFFICIENTS)
+)

@@ -99,6 +99,7 @@ def _mixer(config: ModelConfig, kind: LayerKind, dtype: Dtype, rngs: nnx.Rngs) -
             chunk_length=config.chunk_length,
             top_k=config.top_k,
             router_blocks=config.router_blocks,
+            branch=config.memory_branch,
         ),
         mlp=config.memory_depth == 2,
         router_keys=config.router_keys,

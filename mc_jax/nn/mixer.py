@@ -83,8 +83,8 @@ class MemoryCaching(nnx.Module):
           rngs: source of the initial weights.
 
         Raises:
-          ValueError: num_heads does not divide model_dim, the memory has no MLP form, or an MLP is to have
-            keys and values of different dims.
+          ValueError: num_heads does not divide model_dim, the memory has no MLP form, an MLP is to have keys
+            and values of different dims, or a matrix a branch.
         """
         if model_dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide model_dim {model_dim}; choose a divisor")
@@ -108,7 +108,7 @@ class MemoryCaching(nnx.Module):
         self.query, self.key, self.value = linear(keys), linear(keys), linear(model_dim)
         self.convolution = ShortConvolution(2 * keys + model_dim, convolution_width, dtype=dtype, rngs=rngs)
         self.initial = _InitialMlp(num_heads, head_dim, rngs) if mlp else None
-        names = memory_for(settings.memory, self._initial_state()).coefficients
+        names = memory_for(settings.memory, self._initial_state(), settings.branch).coefficients
 
         # A chunk of these is one gradient step of all its tokens: with steps of 1/2 each it would diverge.
         # Momentum 1/2 doubles what a token writes, so the whole chunk's step starts at 1.

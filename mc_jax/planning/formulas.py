@@ -7,7 +7,7 @@ Forward, of a token; a multiplication and an addition are two.
 - a memory, per head, of matrices A x B (a matrix: K x V; an MLP: K x E and E x V, E = 4 V): a write 2AB, an
   online read 2AB, and 2C(A + B) for the pairs of tokens in a chunk of C (docs/math.md section 7); where
   errors are written, what it takes to make them: delta and titans k M, 2KV; an MLP's hidden features 2KE and
-  their gradient 2EV, and for titans its output, 2EV more;
+  their gradient 2EV, and for titans, and wherever the branch is bounded, its output, 2EV more;
 - cached reads, per head: 2AB for each memory that is read: of the n segments before the token's own all n, or
   top_k of them if fewer; and, with a router, 2V for each of the n scores;
 - attention: 4D for each token that is seen, its own included: the causal half, or a window.
@@ -87,7 +87,8 @@ def memory_flops(model: ModelConfig) -> float:
     flops = sum(4.0 * a * b + 2.0 * model.chunk_length * (a + b) for a, b in _matrices(model))
     hidden = 4 * dim
     if model.memory_depth == 2:
-        flops += 4.0 * dim * hidden + (2.0 * dim * hidden if model.memory == "titans" else 0.0)
+        needs_output = model.memory == "titans" or model.memory_branch != "plain"
+        flops += 4.0 * dim * hidden + (2.0 * dim * hidden if needs_output else 0.0)
     elif model.memory in ("delta", "titans"):
         flops += 2.0 * dim * dim
     return flops

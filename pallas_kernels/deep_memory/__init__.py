@@ -6,6 +6,7 @@ B batch, T tokens, S segments, H heads, K key dim, V value dim (K = V), E hidden
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._platform import on_tpu
 from pallas_kernels._state import OnlineState
 from pallas_kernels.deep_memory import reference, tpu, xla
@@ -27,6 +28,7 @@ def deep_memory(
     v: jax.Array,
     *,
     objective: str,
+    branch: str = "bounded",
     retention: jax.Array | None = None,
     momentum: jax.Array | None = None,
     step: jax.Array | None = None,
@@ -47,8 +49,8 @@ def deep_memory(
 ):
     """Write T tokens to an MLP memory per head, and read it after every token and every segment.
 
-    The memory is M(x) = x + gelu(x W_in) W_out, gelu by its tanh approximation. With a retention, h step,
-    m momentum, the gradient taken at the weights that the token's chunk starts from:
+    The memory is M(x) = x + branch(z), z = gelu(x W_in) W_out, gelu by its tanh approximation. With a
+    retention, h step, m momentum, the gradient taken at the weights that the token's chunk starts from:
       dot  W_t = a W_{t-1} - h grad[-<M(k_t), v_t>] (MC eq. 30, ATLAS eq. 19)
       l2   S_t = m S_{t-1} - h grad[1/2 ||M(k_t) - v_t||^2], W_t = a W_{t-1} + S_t (Titans eq. 13-14)
     Weights, coefficients and writes are kept and computed in float32 (float64 if q is); reads are products in
@@ -56,9 +58,10 @@ def deep_memory(
 
     Args:
       q: queries [B, T, H, K].
-      k: keys [B, T, H, K]; of length 1 or so, or the recurrence may grow without bound.
+      k: keys [B, T, H, K]; of length 1 or so.
       v: values [B, T, H, V], V = K.
       objective: "dot" or "l2".
+      branch: "bounded", z / sqrt(1 + mean(z^2)), which stays finite; or "plain", z, as in MC, which need not.
       retention: a [B, T, H] in [0, 1]; None is 1.
       momentum: m [B, T, H] in [0, 1); None is 0. Only "l2".
       step: h [B, T, H]; None is 1.
@@ -84,16 +87,17 @@ def deep_memory(
         it belongs in a `jax.shard_map` over batch and heads.
 
     Returns:
-      The branch gelu(q_t W_in,t) W_out,t without the skip q_t, [B, T, H, V] in q's dtype; the weights after
-      each segment ([B, S, H, K, E], [B, S, H, E, V]); the state right after each row's last token, with which
+      The branch at q_t without the skip q_t, [B, T, H, V] in q's dtype; the weights after each segment
+      ([B, S, H, K, E], [B, S, H, E, V]); the state right after each row's last token, with which
       `deep_memory_step` goes on. With hidden_bias or hidden_gate there is a fourth, the hidden units
-      gelu(hidden_gate q_t W_in,t + hidden_bias) [B, T, H, E] in q's dtype, and the branch is
-      hidden_gate hidden W_out,t.
+      gelu(hidden_gate q_t W_in,t + hidden_bias) [B, T, H, E] in q's dtype, and the first is a part of z,
+      hidden_gate hidden W_out,t, whatever the branch: that of the mixture is the caller's to take.
 
     Raises:
       ValueError: if shapes, names or lengths do not fit, or the objective has no use for a coefficient.
     """
     check_objective(objective, momentum, previous_step)
+    branch_of_z = Branch(branch)
     if segment_init not in _SEGMENT_INITS:
         raise ValueError(f"segment_init is {segment_init!r}; choose one of {', '.join(_SEGMENT_INITS)}")
     if implementation not in (None, *_IMPLEMENTATIONS):
@@ -138,11 +142,12 @@ def deep_memory(
             f"the chip's VMEM, here of {initial_state[0].shape}; leave implementation out, or choose 'xla'"
         )
     further = {} if implementation == "tpu" else {"start": start}
-    branch, states, final, hidden = _IMPLEMENTATIONS[implementation](
+    read, states, final, hidden = _IMPLEMENTATIONS[implementation](
         q,
         k,
         v,
         objective=objective,
+        branch=branch_of_z,
         retention=retention,
         momentum=momentum,
         step=step,
@@ -156,7 +161,7 @@ def deep_memory(
         hidden_gate=hidden_gate,
         **further,
     )
-    return (branch, states, final) if hidden is None else (branch, states, final, hidden)
+    return (read, states, final) if hidden is None else (read, states, final, hidden)
 
 
 def _check_start(start: OnlineState | None, q, initial_state, objective: str, segment_init: str) -> None:

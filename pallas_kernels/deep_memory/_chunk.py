@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._decay import decay_matrix
 from pallas_kernels._state import OnlineState, select_rows
 from pallas_kernels.deep_memory._products import apply, apply_transposed, decayed_apply, decayed_outer
 
 # Of a chunk only these are kept for its gradient, with the state it starts from; what lies between them is
 # elementwise and made again.
-_KEPT = ("key_hidden", "error", "hidden_signal", "query_hidden", "hidden_scores")
+_KEPT = ("key_hidden", "key_output", "hidden_signal", "query_hidden", "hidden_scores", "query_output")
 
 
 @jax.tree_util.register_dataclass
@@ -100,27 +101,33 @@ def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def run_chunks(
-    state: OnlineState, tokens: Tokens, *, objective: str, initial: OnlineState
+    state: OnlineState, tokens: Tokens, *, objective: str, branch: Branch, initial: OnlineState
 ) -> tuple[OnlineState, tuple[jax.Array, jax.Array | None]]:
-    """Return the state after the chunks, and for each their branch [N, R, H, C, V] and gated hidden units.
+    """Return the state after the chunks, and for each their reads [N, R, H, C, V] and gated hidden units.
 
     Args:
       state: the state before. Its anchor is None where all tokens are live.
       tokens: the chunks.
       objective: "dot" or "l2".
+      branch: "bounded" or "plain".
       initial: what documents start from, like `state`.
     """
     shares = decay_shares(tokens, with_momentum=objective == "l2")
     scores = apply_transposed(tokens.q, tokens.k) * shares.between
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT)
-    chunk = functools.partial(_chunk, objective=objective, initial=initial)
+    chunk = functools.partial(_chunk, objective=objective, branch=branch, initial=initial)
     return jax.lax.scan(
         jax.checkpoint(chunk, policy=policy, prevent_cse=False), state, (tokens, shares, scores)
     )
 
 
 def _chunk(
-    state: OnlineState, inputs: tuple[Tokens, Shares, jax.Array], *, objective: str, initial: OnlineState
+    state: OnlineState,
+    inputs: tuple[Tokens, Shares, jax.Array],
+    *,
+    objective: str,
+    branch: Branch,
+    initial: OnlineState,
 ) -> tuple[OnlineState, tuple[jax.Array, jax.Array | None]]:
     tokens, shares, scores = inputs
     if tokens.restart is not None:
@@ -133,9 +140,12 @@ def _chunk(
     # Writes: minus the gradients, W_in by k^T hidden_signal and W_out by key_gelu^T signal.
     key_hidden = checkpoint_name(apply(k, w_in), "key_hidden")
     key_gelu, slope = gelu_and_slope(key_hidden)
+    error, output = v, jnp.zeros_like(v)
+    if objective == "l2" or branch.is_bounded:
+        output = checkpoint_name(apply(key_gelu, w_out), "key_output")
     if objective == "l2":
-        v = checkpoint_name(v - k - apply(key_gelu, w_out), "error")
-    signal = tokens.step[..., None] * v
+        error = v - k - branch.of(output)
+    signal = tokens.step[..., None] * branch.bar(output, error)
     hidden_signal = checkpoint_name(apply_transposed(signal, w_out), "hidden_signal") * slope
 
     # Reads of every token's own weights.
@@ -148,9 +158,12 @@ def _chunk(
         hidden = hidden + tokens.hidden_bias.astype(dtype)
     gelu = jax.nn.gelu(hidden, approximate=True).astype(low)
     hidden_scores = checkpoint_name(apply_transposed(gelu, key_gelu), "hidden_scores") * shares.between
-    branch = decayed_apply(gelu, shares.read, out_rows) + apply(hidden_scores.astype(low), signal)
+    read = decayed_apply(gelu, shares.read, out_rows) + apply(hidden_scores.astype(low), signal)
+    soup = tokens.hidden_gate is not None or tokens.hidden_bias is not None
     if tokens.hidden_gate is not None:
-        branch = tokens.hidden_gate[..., None] * branch
+        read = tokens.hidden_gate[..., None] * read
+    if not soup:
+        read = branch.of(checkpoint_name(read, "query_output"))
 
     in_rows = _advance(in_rows, decayed_outer(k, hidden_signal, shares.written), shares)
     out_rows = _advance(out_rows, decayed_outer(key_gelu, signal, shares.written), shares)
@@ -163,8 +176,7 @@ def _chunk(
         momentum=None if state.momentum is None else (in_rows[1], out_rows[1]),
         anchor=anchor,
     )
-    soup = tokens.hidden_gate is not None or tokens.hidden_bias is not None
-    return after, (branch.astype(low), gelu if soup else None)
+    return after, (read.astype(low), gelu if soup else None)
 
 
 def _rows(state: OnlineState) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:

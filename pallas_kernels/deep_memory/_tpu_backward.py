@@ -26,7 +26,7 @@ def run_bar(
     restarts,
     ends,
     kept,
-    branch_bar,
+    read_bar,
     states_bar,
     final_bar,
     anchor_bar,
@@ -78,7 +78,7 @@ def run_bar(
         coefficients,
         initial if cut.documents else None,
         kept,
-        branch_bar,
+        read_bar,
         states_bar,
         final_bar,
         anchor_bar,
@@ -93,7 +93,7 @@ def _kernel(
     coefficients,
     initial,
     kept,
-    branch_bar,
+    read_bar,
     states_bar,
     final_bar,
     anchor_bar,
@@ -139,7 +139,7 @@ def _kernel(
     def again(c, _):
         _, (_, k, v), numbers = inputs(c)
         before = jax.tree.map(lambda ref: ref[0], state)
-        writes = write(before, k, v, numbers[0])
+        writes = write(before, k, v, numbers[0], cut.branch)
         after = advance(before, k, writes, decay_shares(*numbers[1:]))
         jax.tree.map(lambda ref, leaf: ref.__setitem__(0, leaf), state, after)
         if cut.documents:
@@ -166,9 +166,9 @@ def _kernel(
         c = cut.block - 1 - back
         rows, values, numbers = inputs(c)
         start = jax.tree.map(lambda ref, to: ref[c].astype(to.dtype), starts, state_bar)
-        _, vjp = jax.vjp(chunk, start, *values, numbers)
+        _, vjp = jax.vjp(functools.partial(chunk, branch=cut.branch), start, *values, numbers)
         after_bar = jax.tree.map(lambda ref: ref[0], state_bar)
-        before_bar, *values_bar, numbers_bar = vjp((after_bar, branch_bar[rows].astype(jnp.float32)))
+        before_bar, *values_bar, numbers_bar = vjp((after_bar, read_bar[rows].astype(jnp.float32)))
         jax.tree.map(lambda ref, bar: ref.__setitem__(0, bar), state_bar, before_bar)
         for ref, bar in zip(tokens_bar, values_bar, strict=True):
             ref[rows] = bar

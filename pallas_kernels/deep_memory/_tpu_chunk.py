@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._query import gelu
 from pallas_kernels.deep_memory._chunk import gelu_and_slope
 from pallas_kernels.deep_memory._tpu_products import attend, collect, gather, spread
@@ -44,9 +45,14 @@ class Writes(NamedTuple):
 
 
 def chunk(
-    state: State, q: jax.Array, k: jax.Array, v: jax.Array, coefficients: tuple[jax.Array, ...]
+    state: State,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    coefficients: tuple[jax.Array, ...],
+    branch: Branch,
 ) -> tuple[State, jax.Array]:
-    """Return the state after a chunk and its branch [C, K].
+    """Return the state after a chunk and its reads [C, K].
 
     Args:
       state: the state before, in float32.
@@ -54,31 +60,34 @@ def chunk(
       k: keys [C, K].
       v: values [C, K].
       coefficients: step and retention, and with a momentum that and 1 where a token is written.
+      branch: of z.
     """
     dtype = q.dtype
     in_rows, out_rows = state
     step, *decays = coefficients
     shares = decay_shares(*decays)
-    writes = write(state, k, v, step)
+    writes = write(state, k, v, step, branch)
     hidden = spread(q, shares.read, in_rows, dtype) + attend(
         q, k, shares.between, writes.hidden_signal, dtype
     )
     hidden = gelu(hidden)
-    branch = gather(hidden, shares.read, out_rows, dtype) + attend(
+    output = gather(hidden, shares.read, out_rows, dtype) + attend(
         hidden, writes.key_gelu, shares.between, writes.signal, dtype
     )
-    return advance(state, k, writes, shares), branch
+    return advance(state, k, writes, shares), branch.of(output)
 
 
-def write(state: State, k: jax.Array, v: jax.Array, step: jax.Array) -> Writes:
+def write(state: State, k: jax.Array, v: jax.Array, step: jax.Array, branch: Branch) -> Writes:
     """Return what a chunk's tokens write, their gradients taken at the state before it."""
     (w_in, *momentum), (w_out, *_) = state
     wide, dtype = w_in.dtype, k.dtype
     key_gelu, slope = gelu_and_slope(spread(k, (), (w_in,), dtype))
-    error = v.astype(wide)
-    if momentum:
-        error = error - k.astype(wide) - gather(key_gelu, (), (w_out,), dtype)
-    signal = _column(step) * error
+    signal = v.astype(wide)
+    if momentum or branch.is_bounded:
+        output = gather(key_gelu, (), (w_out,), dtype)
+        error = signal - k.astype(wide) - branch.of(output) if momentum else signal
+        signal = branch.bar(output, error)
+    signal = _column(step) * signal
     return Writes(signal, key_gelu, spread(signal, (), (w_out,), dtype) * slope)
 
 

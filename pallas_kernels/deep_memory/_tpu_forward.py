@@ -25,7 +25,7 @@ def run(
     *,
     keep: bool,
 ):
-    """Return the branch, the states of segments, the final state, the anchor and the states of blocks.
+    """Return the reads, the states of segments, the final state, the anchor and the states of blocks.
 
     Args:
       cut: the cut.
@@ -79,7 +79,7 @@ def run(
 
 
 def _kernel(
-    cut: Cut, restarts, ends, q, k, v, coefficients, initial, branch, states, final, anchor, kept, state
+    cut: Cut, restarts, ends, q, k, v, coefficients, initial, read, states, final, anchor, kept, state
 ):
     row, block = pl.program_id(0), pl.program_id(2)
     first = block * cut.block
@@ -115,8 +115,8 @@ def _kernel(
             lanes = pl.ds(head * cut.key_dim, cut.key_dim)
             numbers = tuple(coefficients[head, c, i : i + 1] for i in range(coefficients.shape[2]))
             before = jax.tree.map(lambda ref, head=head: ref[head], state)
-            after, out = chunk(before, q[rows, lanes], k[rows, lanes], v[rows, lanes], numbers)
-            branch[rows, lanes] = out.astype(branch.dtype)
+            after, out = chunk(before, q[rows, lanes], k[rows, lanes], v[rows, lanes], numbers, cut.branch)
+            read[rows, lanes] = out.astype(read.dtype)
             jax.tree.map(lambda ref, leaf, head=head: ref.__setitem__(head, leaf), state, after)
 
     jax.lax.fori_loop(0, cut.block, visit, None)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._chunks import Grid
 from pallas_kernels._platform import vmem_bytes
 from pallas_kernels.deep_memory._chunk import Tokens
@@ -54,6 +55,8 @@ class Cut:
     """2 if there is a momentum, else 1."""
     itemsize: int
     """Bytes of a token's number."""
+    branch: Branch
+    """With the value dim, padding excluded."""
     documents: bool
     """The memory may start anew at any chunk, not just at a segment's first."""
     anchored: bool
@@ -61,11 +64,19 @@ class Cut:
 
     @classmethod
     def fit(
-        cls, grid: Grid, q: jax.Array, hidden: int, *, momentum: bool, documents: bool, anchored: bool
+        cls,
+        grid: Grid,
+        q: jax.Array,
+        hidden: int,
+        *,
+        branch: Branch,
+        momentum: bool,
+        documents: bool,
+        anchored: bool,
     ) -> "Cut":
         """Return the cut of a run of queries [B, T, H, K]."""
-        _, _, heads, key_dim = q.shape
-        key_dim, hidden = _up(key_dim, _LANES), _up(hidden, _LANES)
+        _, _, heads, dim = q.shape
+        key_dim, hidden = _up(dim, _LANES), _up(hidden, _LANES)
         rows = 2 if momentum else 1
         cut = cls(
             segments=grid.segments,
@@ -77,6 +88,7 @@ class Cut:
             hidden=hidden,
             rows=rows,
             itemsize=q.dtype.itemsize,
+            branch=dataclasses.replace(branch, dim=dim),
             documents=documents,
             anchored=anchored,
         )

@@ -7,6 +7,7 @@ E hidden dim.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._state import (
     OnlineState,
     batch_weights,
@@ -23,6 +24,7 @@ def deep_memory(
     v: jax.Array,
     *,
     objective: str,
+    branch: Branch,
     retention: jax.Array | None,
     momentum: jax.Array | None,
     step: jax.Array | None,
@@ -66,7 +68,7 @@ def deep_memory(
         q, k, v, retention, momentum, step, bias, gate, live, restart, chunk_start = inputs
         state = select_rows(restart, initial, state)
         anchor = jax.tree.map(lambda new, old: jnp.where(chunk_start, new, old), state.weights, state.anchor)
-        gradient = _gradient(objective)(anchor, k, v)
+        gradient = _gradient(objective, branch)(anchor, k, v)
         write = jax.tree.map(lambda g: -_per_head(step) * g, gradient)
         surprise = None
         if objective == "l2":
@@ -76,8 +78,10 @@ def deep_memory(
         written = OnlineState(weights=weights, momentum=surprise, anchor=anchor)
         state = select_rows(live, written, state)
         hidden = jax.nn.gelu(gate[..., None] * _product(q, state.weights[0]) + bias, approximate=True)
-        branch = gate[..., None] * _product(hidden, state.weights[1])
-        return (state, select_rows(live, state, final)), (branch, hidden if soup else None)
+        read = gate[..., None] * _product(hidden, state.weights[1])
+        if not soup:
+            read = branch.of(read)
+        return (state, select_rows(live, state, final)), (read, hidden if soup else None)
 
     def segment(carry, inputs):
         carry, outputs = jax.lax.scan(token, carry, inputs)
@@ -100,7 +104,7 @@ def deep_memory(
         restart,
     )
     inputs = (*map(cut, inputs), chunk_start.reshape(segments, segment_length))
-    (_, final), ((branch, hidden), states) = jax.lax.scan(segment, (begin, begin), inputs)
+    (_, final), ((read, hidden), states) = jax.lax.scan(segment, (begin, begin), inputs)
     states = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), states)
 
     def join(x: jax.Array) -> jax.Array:
@@ -109,16 +113,16 @@ def deep_memory(
 
     anchor = select_rows(ends % chunk_length == 0, final.weights, final.anchor)
     final = OnlineState(weights=final.weights, momentum=final.momentum, anchor=anchor)
-    return join(branch), states, final, None if hidden is None else join(hidden)
+    return join(read), states, final, None if hidden is None else join(hidden)
 
 
-def _gradient(objective: str):
+def _gradient(objective: str, branch: Branch):
     """Return the gradient of the loss of one token w.r.t. the weights, over batch and heads."""
 
     def loss(weights, k, v):
         w_in, w_out = weights
         hidden = jax.nn.gelu(jnp.matmul(k, w_in, precision="highest"), approximate=True)
-        output = k + jnp.matmul(hidden, w_out, precision="highest")
+        output = k + branch.of(jnp.matmul(hidden, w_out, precision="highest"))
         return -jnp.sum(output * v) if objective == "dot" else 0.5 * jnp.sum((output - v) ** 2)
 
     return jax.vmap(jax.vmap(jax.grad(loss)))

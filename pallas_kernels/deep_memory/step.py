@@ -6,6 +6,7 @@ B batch, H heads, K key dim, V value dim, E hidden dim.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._state import OnlineState, select_rows, state_dtype
 from pallas_kernels.deep_memory._chunk import gelu_and_slope
 
@@ -17,6 +18,7 @@ def deep_memory_step(
     v: jax.Array,
     *,
     objective: str,
+    branch: str = "bounded",
     retention: jax.Array | None = None,
     momentum: jax.Array | None = None,
     step: jax.Array | None = None,
@@ -33,6 +35,7 @@ def deep_memory_step(
       k: key [B, H, K].
       v: value [B, H, V].
       objective: "dot" or "l2", see `deep_memory`.
+      branch: "bounded" or "plain", see `deep_memory`.
       retention: [B, H] in [0, 1]; None is 1.
       momentum: [B, H] in [0, 1); None is 0. Only "l2".
       step: [B, H]; None is 1.
@@ -42,13 +45,14 @@ def deep_memory_step(
       hidden_gate: [B, H] of the memory itself in the mixture; None is 1.
 
     Returns:
-      The branch gelu(q W_in) W_out [B, H, V] in q's dtype, the state after the token and, with hidden_bias or
-      hidden_gate, the hidden units [B, H, E] in q's dtype.
+      The branch [B, H, V] in q's dtype, and the state after the token. With hidden_bias or hidden_gate the
+      first is this memory's part of z, see `deep_memory`, and there are the hidden units [B, H, E].
 
     Raises:
-      ValueError: for momentum with objective "dot", or a previous_step.
+      ValueError: for momentum with objective "dot", a previous_step, or a branch that is not known.
     """
     check_objective(objective, momentum, previous_step)
+    branch_of_z = Branch(branch)
     dtype = state_dtype(q)
 
     def scalar(coefficient: jax.Array | None, neutral: float) -> jax.Array:
@@ -60,9 +64,9 @@ def deep_memory_step(
     assert state.anchor is not None
     anchor = select_rows(chunk_start, state.weights, state.anchor)
     key_gelu, slope = gelu_and_slope(_product(key, anchor[0]))
-    if objective == "l2":
-        value = value - key - _product(key_gelu, anchor[1])
-    signal = scalar(step, 1.0) * value
+    output = _product(key_gelu, anchor[1])
+    error = value - key - branch_of_z.of(output) if objective == "l2" else value
+    signal = scalar(step, 1.0) * branch_of_z.bar(output, error)
     hidden_signal = jnp.einsum("bhv,bhev->bhe", signal, anchor[1], precision="highest") * slope
     writes = (_outer(key, hidden_signal), _outer(key_gelu, signal))
 
@@ -80,11 +84,11 @@ def deep_memory_step(
     if hidden_bias is not None:
         hidden = hidden + hidden_bias.astype(dtype)
     hidden = jax.nn.gelu(hidden, approximate=True)
-    branch = (gate * _product(hidden, weights[1])).astype(q.dtype)
+    read = gate * _product(hidden, weights[1])
     after = OnlineState(weights=weights, momentum=surprise, anchor=anchor)
     if hidden_bias is None and hidden_gate is None:
-        return branch, after
-    return branch, after, hidden.astype(q.dtype)
+        return branch_of_z.of(read).astype(q.dtype), after
+    return read.astype(q.dtype), after, hidden.astype(q.dtype)
 
 
 def check_objective(objective: str, momentum: jax.Array | None, previous_step: jax.Array | None) -> None:

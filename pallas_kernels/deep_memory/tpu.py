@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._chunks import Grid
 from pallas_kernels._platform import vmem_bytes
 from pallas_kernels._state import OnlineState, batch_weights, select_rows, state_dtype
@@ -29,7 +30,15 @@ def has_kernel(q: jax.Array, hidden: int, *, momentum: bool) -> bool:
     if q.dtype == jnp.float64:
         return False
     available = vmem_bytes()
-    cut = Cut.fit(Grid.fit(1, 1, 1), q, hidden, momentum=momentum, documents=False, anchored=False)
+    cut = Cut.fit(
+        Grid.fit(1, 1, 1),
+        q,
+        hidden,
+        branch=Branch("bounded"),
+        momentum=momentum,
+        documents=False,
+        anchored=False,
+    )
     return available is None or cut.vmem_bytes <= available
 
 
@@ -39,6 +48,7 @@ def deep_memory(
     v: jax.Array,
     *,
     objective: str,
+    branch: Branch,
     retention: jax.Array | None,
     momentum: jax.Array | None,
     step: jax.Array | None,
@@ -73,6 +83,7 @@ def deep_memory(
         grid,
         q,
         hidden,
+        branch=branch,
         momentum=objective == "l2",
         documents=document_ids is not None,
         anchored=lengths is not None or count % chunk_length != 0,
@@ -89,7 +100,7 @@ def deep_memory(
     if independent:
         last_block = (last // grid.segment + 1) * cut.blocks_of_segment - 1
 
-    branch, states, final, anchor = _run(
+    read, states, final, anchor = _run(
         cut,
         tuple(cut.rows_of(x, grid) for x in (tokens.q, tokens.k, tokens.v)),
         cut.coefficients_of(tokens, grid),
@@ -110,7 +121,7 @@ def deep_memory(
     else:
         anchor = select_rows(ends % chunk_length == 0, weights, crop_transposed(*anchor))
     final = OnlineState(weights=weights, momentum=surprise[0] if surprise else None, anchor=anchor)
-    return cut.from_rows(branch, grid, dim)[:, :count], crop(*states), final, None
+    return cut.from_rows(read, grid, dim)[:, :count], crop(*states), final, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -119,10 +130,10 @@ def _run(cut, tokens, coefficients, initial, restarts, ends):
 
 
 def _forward(cut, tokens, coefficients, initial, restarts, ends):
-    branch, states, *final, kept = _tpu_forward.run(
+    read, states, *final, kept = _tpu_forward.run(
         cut, tokens, coefficients, initial, restarts, ends, keep=True
     )
-    return (branch, states, *final), (tokens, coefficients, initial, restarts, ends, kept)
+    return (read, states, *final), (tokens, coefficients, initial, restarts, ends, kept)
 
 
 def _backward(cut, residuals, bars):

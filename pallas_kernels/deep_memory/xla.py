@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._chunks import Grid
 from pallas_kernels._kept import keep
 from pallas_kernels._state import (
@@ -36,6 +37,7 @@ def deep_memory(
     v: jax.Array,
     *,
     objective: str,
+    branch: Branch,
     retention: jax.Array | None,
     momentum: jax.Array | None,
     step: jax.Array | None,
@@ -75,21 +77,21 @@ def deep_memory(
     begin = initial if start is None else go_on(start, initial)
 
     def segment(state: OnlineState, tokens: Tokens):
-        run = functools.partial(run_chunks, objective=objective, initial=initial)
+        run = functools.partial(run_chunks, objective=objective, branch=branch, initial=initial)
         chunks = jax.tree.map(_chunks_first, tokens)
         if chunks.restart is not None:
             chunks = dataclasses.replace(chunks, restart=chunks.restart[:, :, 0, 0])
         state, outputs = _run_in_blocks(run, state, chunks)
         return state, (jax.tree.map(_chunks_last, outputs), state.weights)
 
-    final, ((branch, hidden), states) = jax.lax.scan(segment, begin, tokens)
-    branch, hidden = jax.tree.map(lambda x: grid.join(x, independent)[:, :count], (branch, hidden))
+    final, ((read, hidden), states) = jax.lax.scan(segment, begin, tokens)
+    read, hidden = jax.tree.map(lambda x: grid.join(x, independent)[:, :count], (read, hidden))
     if independent:
         states = jax.tree.map(lambda x: x.reshape(batch, grid.segments, *x.shape[2:]), states)
     else:
         states = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), states)
-    branch, states, hidden = keep((branch, states, hidden))
-    return branch, states, _final_state(final, lengths, count, grid, chunk_length, independent), hidden
+    read, states, hidden = keep((read, states, hidden))
+    return read, states, _final_state(final, lengths, count, grid, chunk_length, independent), hidden
 
 
 def _chunks_first(x: jax.Array) -> jax.Array:

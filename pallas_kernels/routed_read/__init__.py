@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._branch import branch_for
 from pallas_kernels._platform import on_tpu, platform
 from pallas_kernels._state import Weights
 from pallas_kernels.routed_read import reference, tpu, xla
@@ -12,10 +13,10 @@ from pallas_kernels.routed_read import reference, tpu, xla
 __all__ = ["routed_state_read"]
 
 
-def _xla(q, gates, indices, states):
+def _xla(q, gates, indices, states, *, branch):
     # A token alone (in decoding) has nothing to share a state with.
     grouped = xla.by_ragged_dot if platform() == "tpu" else xla.in_blocks
-    return (grouped if q.shape[1] > 1 else xla.gather)(q, gates, indices, states)
+    return (grouped if q.shape[1] > 1 else xla.gather)(q, gates, indices, states, branch=branch)
 
 
 _IMPLEMENTATIONS = {
@@ -36,11 +37,12 @@ def routed_state_read(
     indices: jax.Array,
     states: Weights,
     *,
+    branch: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """sum_j gates[..., j] M_{indices[..., j]}(q): the read of MC eq. 17, at the cost of k reads a token.
 
-    M(q) is q M of a matrix; of an MLP the branch gelu(q W_in) W_out, without its skip term. Tokens that read
+    M(q) is q M of a matrix; of an MLP its branch, without the skip term (`deep_memory`). Tokens that read
     the same state are brought together, so that there are only matrix products.
 
     Args:
@@ -50,6 +52,7 @@ def routed_state_read(
         state chosen twice is read twice.
       states: cached matrices [batch, states, heads, key_dim, value_dim], or of MLPs the pair (w_in [batch,
         states, heads, key_dim, hidden], w_out [batch, states, heads, hidden, value_dim]).
+      branch: of MLPs "bounded" or "plain"; None: "bounded", or that states are matrices.
       implementation: "tpu", "xla" or "reference"; None picks the best for the platform of the mesh that is
         set (`jax.set_mesh`), or else of the default device. "tpu" is of matrices, float32 and bfloat16, and
         not split over devices by itself: it belongs in a `jax.shard_map` over batch and heads. It is
@@ -60,8 +63,8 @@ def routed_state_read(
       [batch, length, heads, value_dim] of q's dtype.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together, no states, an unknown implementation, or "tpu"
-        where it has no kernel.
+      ValueError: shapes or dtypes that do not fit together, no states, a branch of matrices, an unknown
+        implementation, or "tpu" where it has no kernel.
     """
     batch, length, heads, key_dim = q.shape
     if gates.shape != indices.shape or gates.ndim != 4 or gates.shape[:3] != (batch, length, heads):
@@ -90,4 +93,6 @@ def routed_state_read(
     if implementation not in _IMPLEMENTATIONS:
         names = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"unknown implementation {implementation!r}; choose from {names}")
-    return _IMPLEMENTATIONS[implementation](q, gates, indices.astype(jnp.int32), states)
+    return _IMPLEMENTATIONS[implementation](
+        q, gates, indices.astype(jnp.int32), states, branch=branch_for(states, branch)
+    )

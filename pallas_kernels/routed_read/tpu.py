@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._expected import SELDOM
 from pallas_kernels._platform import has_wide_units, vmem_bytes
 from pallas_kernels._state import Weights
@@ -55,12 +56,14 @@ def routed_state_read(
     indices: jax.Array,
     states: Weights,
     *,
+    branch: Branch | None = None,
     kernels: tuple[str, ...] = ("union", "pairs"),
 ) -> jax.Array:
     """See `pallas_kernels.routed_read.routed_state_read`; shapes as there.
 
     `kernels` are those to choose from.
     """
+    del branch  # matrices have none
     if isinstance(states, tuple):
         raise ValueError("states that are MLPs have no kernel for TPUs; leave implementation out")
     plans = plans_of(q, indices.shape[3], states)

@@ -6,11 +6,13 @@ Shapes: B batch, T tokens, H heads, K key dim, V value dim, E hidden dim, N stat
 G = B H, R rows: see `_grouping`.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._platform import platform
 from pallas_kernels._query import gelu, matmul, query
 from pallas_kernels._state import Weights, state_dtype
@@ -22,20 +24,35 @@ _BLOCK = 64
 # Bytes of the copies that a GPU makes at once: enough heads side by side to keep it busy. Not measured.
 _GPU_COPIES = 512 << 20
 
+
+def _made_again(read):
+    """Keep nothing but the arguments of a read for its gradient."""
+
+    @functools.wraps(read)
+    def run(*arrays, branch):
+        return jax.checkpoint(functools.partial(read, branch=branch))(*arrays)
+
+    return run
+
+
 type Product = Callable[[jax.Array, jax.Array], jax.Array]
 """Rows [R, K] times the states [..., K, V] that they read."""
 
 
-def gather(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
+def gather(
+    q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights, *, branch: Branch | None
+) -> jax.Array:
     """Copy to every token the states that it reads: for one token a row, in decoding."""
     of_head = jax.vmap(lambda leaf, chosen: leaf[chosen], in_axes=(1, 1), out_axes=1)
     chosen_BTHk = jax.tree.map(lambda leaf: jax.vmap(of_head)(leaf, indices), states)
-    reads_BTHkV = query(q[:, :, :, None, None], chosen_BTHk)[..., 0, :]
+    reads_BTHkV = query(q[:, :, :, None, None], chosen_BTHk, branch)[..., 0, :]
     return jnp.sum(gates[..., None].astype(reads_BTHkV.dtype) * reads_BTHkV, axis=3).astype(q.dtype)
 
 
-@jax.checkpoint
-def in_blocks(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
+@_made_again
+def in_blocks(
+    q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights, *, branch: Branch | None
+) -> jax.Array:
     """Pad the tokens of each state to whole blocks, each a product with its own copy of the state.
 
     For CPUs and GPUs, where `jax.lax.ragged_dot` multiplies all rows with all states (compiled for an H100,
@@ -53,7 +70,7 @@ def in_blocks(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weight
             blocks = rows.reshape(-1, _BLOCK, rows.shape[-1])
             return matmul(blocks, leaf[state_of_block]).reshape(rows.shape[0], -1)
 
-        return _read(q_TK, gates_Tk, states, grouping, product)
+        return _read(q_TK, gates_Tk, states, branch, grouping, product)
 
     heads = jax.tree.map(_heads_first, (q, gates, indices, states))
     out_GTV = jax.lax.map(read_head, heads, batch_size=_heads_at_once(*heads))
@@ -71,8 +88,10 @@ def _heads_at_once(q_GTK, gates_GTk, _, states) -> int | None:
     return max(n for n in range(1, lists + 1) if lists % n == 0 and (n == 1 or n * copies <= _GPU_COPIES))
 
 
-@jax.checkpoint
-def by_ragged_dot(q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
+@_made_again
+def by_ragged_dot(
+    q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights, *, branch: Branch | None
+) -> jax.Array:
     """Multiply the tokens of each state with it by `jax.lax.ragged_dot`: for TPUs."""
     q_GTK, gates_GTk, indices_GTk, states = jax.tree.map(_heads_first, (q, gates, indices, states))
     lists, _, choices = gates_GTk.shape
@@ -86,11 +105,12 @@ def by_ragged_dot(q: jax.Array, gates: jax.Array, indices: jax.Array, states: We
             preferred_element_type=state_dtype(rows),
         )
 
-    out = _read(q_GTK.reshape(-1, q.shape[-1]), gates_GTk.reshape(-1, choices), states, grouping, product)
+    q_RK, gates_Rk = q_GTK.reshape(-1, q.shape[-1]), gates_GTk.reshape(-1, choices)
+    out = _read(q_RK, gates_Rk, states, branch, grouping, product)
     return _heads_back(out.reshape(lists, -1, out.shape[-1]), q)
 
 
-def _read(q, gates, states, grouping: Grouping, product: Product):
+def _read(q, gates, states, branch: Branch | None, grouping: Grouping, product: Product):
     """Reads [T, V] by queries [T, K] and gates [T, k], or by those of all heads one after the other."""
     choices = gates.shape[1]
     hidden = to_rows(choices, q, grouping)
@@ -99,8 +119,11 @@ def _read(q, gates, states, grouping: Grouping, product: Product):
     if isinstance(states, tuple):
         w_in, states = states
         hidden = gelu(product(hidden, w_in))
-    # Weighed before the last product: backwards the gate's gradient then needs no read again.
-    rows = product((gate * hidden.astype(gate.dtype)).astype(q.dtype), states)
+    if branch is not None and branch.is_bounded:
+        rows = gate * branch.of(product(hidden.astype(q.dtype), states))
+    else:
+        # Weighed before the last product: backwards the gate's gradient then needs no read again.
+        rows = product((gate * hidden.astype(gate.dtype)).astype(q.dtype), states)
     return from_rows(choices, rows, grouping).astype(q.dtype)
 
 

@@ -2,6 +2,7 @@
 
 import jax
 
+from pallas_kernels._branch import branch_for
 from pallas_kernels._platform import on_tpu
 from pallas_kernels._state import Weights
 from pallas_kernels.state_read import gpu, reference, tpu, xla
@@ -21,18 +22,20 @@ def gated_state_read(
     gates: jax.Array,
     states: Weights,
     *,
+    branch: str | None = None,
     segment_length: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """sum_n gates[..., n] M_n(q): the read of MC eq. 8 (and 6, 14, 16) over cached memories.
 
-    M(q) is q M of a matrix; of an MLP the branch gelu(q W_in) W_out, without its skip term.
+    M(q) is q M of a matrix; of an MLP its branch, without the skip term (`deep_memory`).
 
     Args:
       q: queries [batch, length, heads, key_dim].
       gates: weights [batch, length, heads, states], float32; 0 where a state must not be read.
       states: cached matrices [batch, states, heads, key_dim, value_dim], or of MLPs the pair (w_in [batch,
         states, heads, key_dim, hidden], w_out [batch, states, heads, hidden, value_dim]).
+      branch: of MLPs "bounded" or "plain"; None: "bounded", or that states are matrices.
       segment_length: a promise that gates[:, t, :, n] is 0 unless n < t // segment_length: much of what is
         not read is then skipped, and those gates may get a zero gradient. None: no promise.
       implementation: "tpu", "gpu", "xla" or "reference"; None picks the best for the platform of the mesh
@@ -45,8 +48,8 @@ def gated_state_read(
       [batch, length, heads, value_dim] of q's dtype.
 
     Raises:
-      ValueError: shapes that do not fit together, a segment_length below 1, an implementation that is unknown
-        or cannot read these states.
+      ValueError: shapes that do not fit together, a segment_length below 1, a branch of matrices, an
+        implementation that is unknown or cannot read these states.
     """
     batch, length, heads, key_dim = q.shape
     if gates.ndim != 4 or gates.shape[:3] != (batch, length, heads):
@@ -73,4 +76,6 @@ def gated_state_read(
     if implementation not in _IMPLEMENTATIONS:
         names = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"unknown implementation {implementation!r}; choose from {names}")
-    return _IMPLEMENTATIONS[implementation](q, gates, states, segment_length=segment_length)
+    return _IMPLEMENTATIONS[implementation](
+        q, gates, states, branch=branch_for(states, branch), segment_length=segment_length
+    )

@@ -7,6 +7,7 @@ They grow in VMEM as those of `_tpu_matrix` do.
 Shapes: E hidden dim, R blocks of a piece; the rest in `_tpu_tiling`. A group has one state.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._platform import has_wide_units
 from pallas_kernels._query import gelu
 from pallas_kernels._state import state_dtype
@@ -30,9 +32,13 @@ _TOGETHER, _SMALL = 2, 1 << 16
 
 
 def read(
-    q: jax.Array, gates: jax.Array, states: tuple[jax.Array, jax.Array], segment_length: int | None
+    q: jax.Array,
+    gates: jax.Array,
+    states: tuple[jax.Array, jax.Array],
+    branch: Branch,
+    segment_length: int | None,
 ) -> jax.Array:
-    """Return sum_n gates_n gelu(q W_in_n) W_out_n; shapes as in the op."""
+    """Return sum_n gates_n branch(gelu(q W_in_n) W_out_n); shapes as in the op."""
     w_in, w_out = states
     batch, tokens, heads, _ = q.shape
     value_dim = w_out.shape[4]
@@ -41,7 +47,7 @@ def read(
     (rows, hidden), columns = w_in.shape[3:], w_out.shape[4]
     specs = ForwardSpecs(tiling)
     out_BHVT = pl.pallas_call(
-        functools.partial(_read_kernel, tiling),
+        functools.partial(_read_kernel, tiling, _along_rows(branch, value_dim)),
         grid=(batch, heads, tiling.blocks, tiling.tiles),
         in_specs=[
             specs.tokens(rows),
@@ -106,7 +112,14 @@ def _fit(q, w_in, w_out, segment_length, length, bytes_of_number, piece=None):
     )
 
 
-def _read_kernel(tiling: Tiling, q_KC, gates_SGC, w_in_NKE, w_out_NEV, out_VC, sum_VC, *rounded):
+def _along_rows(branch: Branch, value_dim: int) -> Branch:
+    """Return the branch of reads [V, C], padding after their values."""
+    return dataclasses.replace(branch, axis=0, dim=value_dim)
+
+
+def _read_kernel(
+    tiling: Tiling, branch: Branch, q_KC, gates_SGC, w_in_NKE, w_out_NEV, out_VC, sum_VC, *rounded
+):
     block, tile = pl.program_id(2), pl.program_id(3)
     states = (w_in_NKE, w_out_NEV)
     w_in_NKE, w_out_NEV = _round(states, rounded, tiling.groups_read_of(block, tile))
@@ -119,8 +132,13 @@ def _read_kernel(tiling: Tiling, q_KC, gates_SGC, w_in_NKE, w_out_NEV, out_VC, s
         q = q_KC[:, columns]
         for state in range(count):
             gate = gates_SGC[first + state, :, columns]
-            hidden = gate * gelu(product_of_rows(w_in_NKE[first + state], q))
-            sum_VC[:, columns] += product_of_rows(w_out_NEV[first + state], hidden.astype(q.dtype))
+            hidden = gelu(product_of_rows(w_in_NKE[first + state], q))
+            if branch.is_bounded:
+                z = product_of_rows(w_out_NEV[first + state], hidden.astype(q.dtype))
+                sum_VC[:, columns] += gate * branch.of(z)
+            else:
+                hidden = (gate * hidden).astype(q.dtype)
+                sum_VC[:, columns] += product_of_rows(w_out_NEV[first + state], hidden)
 
     for start in range(0, tiling.length, _LENGTH):
         stop = min(start + _LENGTH, tiling.length)
@@ -137,6 +155,7 @@ def read_bar(
     gates: jax.Array,
     states: tuple[jax.Array, jax.Array],
     out_bar: jax.Array,
+    branch: Branch,
     segment_length: int | None,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     """Return the gradients of q, gates and states, the last two in float32; shapes as in the op."""
@@ -163,7 +182,7 @@ def read_bar(
     (rows, hidden), columns = w_in.shape[3:], w_out.shape[4]
     specs = BackwardSpecs(tiling)
     q_bar, gates_bar, w_in_bar, w_out_bar = pl.pallas_call(
-        functools.partial(_read_bar_kernel, tiling),
+        functools.partial(_read_bar_kernel, tiling, _along_rows(branch, value_dim)),
         grid=(batch, heads, tiling.pieces, tiling.tiles, tiling.blocks),
         in_specs=[
             specs.tokens(rows),
@@ -209,6 +228,7 @@ def read_bar(
 
 def _read_bar_kernel(
     tiling: Tiling,
+    branch: Branch,
     q_KC,
     gates_SGC,
     w_in_NKE,
@@ -247,9 +267,16 @@ def _read_bar_kernel(
             n = first + state
             gate = gates_SGC[n]
             hidden, gelu_vjp = jax.vjp(gelu, product_of_rows(w_in_NKE[n], q))
-            p = product(w_out_NEV[n], out_bar)
-            gates_bar_SGC[n] = jnp.sum(p * hidden, axis=0, keepdims=True)
-            w_out_bar_NEV[n] += product_of_lanes((gate * hidden).astype(q.dtype), out_bar)
+            z_bar = out_bar
+            if branch.is_bounded:
+                z = product_of_rows(w_out_NEV[n], hidden.astype(q.dtype))
+                wide_bar = out_bar.astype(z.dtype)
+                gates_bar_SGC[n] = jnp.sum(branch.of(z) * wide_bar, axis=0, keepdims=True)
+                z_bar = branch.bar(z, wide_bar).astype(q.dtype)
+            p = product(w_out_NEV[n], z_bar)
+            if not branch.is_bounded:
+                gates_bar_SGC[n] = jnp.sum(p * hidden, axis=0, keepdims=True)
+            w_out_bar_NEV[n] += product_of_lanes((gate * hidden).astype(q.dtype), z_bar)
             (inner_bar,) = gelu_vjp(gate * p)
             inner_bar = inner_bar.astype(q.dtype)
             sum_RKC[block] += product(w_in_NKE[n], inner_bar)

@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._platform import has_wgmma, platform
 from pallas_kernels._state import Weights
 from pallas_kernels.state_read import xla
@@ -27,9 +28,10 @@ def has_kernel(q: jax.Array, states: Weights) -> bool:
 
 
 def gated_state_read(
-    q: jax.Array, gates: jax.Array, states: Weights, *, segment_length: int | None
+    q: jax.Array, gates: jax.Array, states: Weights, *, branch: Branch | None, segment_length: int | None
 ) -> jax.Array:
     """See `pallas_kernels.state_read.gated_state_read`; shapes as there."""
+    del branch  # matrices have none
     if obstacle := _obstacle(q, states):
         raise ValueError(f"there is no kernel for GPUs {obstacle}; leave implementation out, or choose 'xla'")
     if q.size == 0 or gates.size == 0:
@@ -66,7 +68,8 @@ def _forward(q, gates, states, segment_length):
 
 def _backward(segment_length, residuals, out_bar):
     # The read itself is not made again: XLA drops what nobody uses.
-    _, vjp = jax.vjp(functools.partial(xla.gated_state_read, segment_length=segment_length), *residuals)
+    read = functools.partial(xla.gated_state_read, branch=None, segment_length=segment_length)
+    _, vjp = jax.vjp(read, *residuals)
     return vjp(out_bar)
 
 

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._state import Weights, state_dtype
 
 
 def gated_state_read(
-    q: jax.Array, gates: jax.Array, states: Weights, *, segment_length: int | None
+    q: jax.Array, gates: jax.Array, states: Weights, *, branch: Branch | None, segment_length: int | None
 ) -> jax.Array:
     """See `pallas_kernels.state_read.gated_state_read`; shapes as there."""
     del segment_length  # only says which gates are 0
@@ -16,7 +17,9 @@ def gated_state_read(
     if isinstance(states, tuple):
         w_in, w_out = states
         hidden = jax.nn.gelu(jnp.einsum("bthk,bnhke->bthne", wide_q, w_in), approximate=True)
-        out = jnp.einsum("bthn,bthne,bnhev->bthv", gates, hidden, w_out)
+        assert branch is not None
+        read = branch.of(jnp.einsum("bthne,bnhev->bthnv", hidden, w_out))
+        out = jnp.einsum("bthn,bthnv->bthv", gates, read)
     else:
         out = jnp.einsum("bthk,bthn,bnhkv->bthv", wide_q, gates, states)
     return out.astype(q.dtype)

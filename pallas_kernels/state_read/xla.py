@@ -9,11 +9,13 @@ N states, S groups of states, G states of a group.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels._branch import Branch
 from pallas_kernels._platform import platform
 from pallas_kernels._query import gelu, matmul, query
 from pallas_kernels._state import Weights, state_dtype
@@ -26,7 +28,7 @@ _GPU_GROUP = 16
 
 
 def gated_state_read(
-    q: jax.Array, gates: jax.Array, states: Weights, *, segment_length: int | None
+    q: jax.Array, gates: jax.Array, states: Weights, *, branch: Branch | None, segment_length: int | None
 ) -> jax.Array:
     """See `pallas_kernels.state_read.gated_state_read`; shapes as there."""
     batch, tokens, heads, _ = q.shape
@@ -36,7 +38,7 @@ def gated_state_read(
     if tokens == 0 or count == 0:
         return jnp.zeros((batch, tokens, heads, value_dim), q.dtype)
     if tokens == 1:
-        return _read_token(q, gates, states)
+        return _read_token(q, gates, states, branch)
     unit = segment_length or 1
     length = -(-tokens // (unit * _PIECES)) * unit
     at_once = platform() == "gpu"
@@ -54,7 +56,8 @@ def gated_state_read(
     gates_PBHCN = pieces(jnp.pad(gates, ((0, 0), (0, 0), (0, 0), more_states)))
     gates_PSGBHC = jnp.moveaxis(gates_PBHCN.reshape(*gates_PBHCN.shape[:4], -1, group), (4, 5), (1, 2))
     pairs = _pairs(tokens, count, length, segment_length, group)
-    out_PBHCV = _read(pieces(q), gates_PSGBHC, jax.tree.map(groups, states), pairs, at_once)
+    how = _How(branch, at_once)
+    out_PBHCV = _read(pieces(q), gates_PSGBHC, jax.tree.map(groups, states), pairs, how)
     out = out_PBHCV.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, value_dim)
     return out[:, :tokens].astype(q.dtype)
 
@@ -69,31 +72,38 @@ def _pairs(tokens: int, states: int, length: int, segment_length: int | None, gr
     return np.array(pairs, np.int32).reshape(-1, 2)
 
 
-def _read_token(q, gates, states):
+def _read_token(q, gates, states, branch):
     # One token a row, in decoding: no loop, and states stay where they are.
-    reads_BNHV = query(q[:, :, :, None], states)[:, :, :, 0]
+    reads_BNHV = query(q[:, :, :, None], states, branch)[:, :, :, 0]
     gates_BNH = gates[:, 0].swapaxes(1, 2)
     return jnp.sum(gates_BNH[..., None] * reads_BNHV, axis=1, keepdims=True).astype(q.dtype)
 
 
+class _How(NamedTuple):
+    branch: Branch | None
+    """None of matrices."""
+    at_once: bool
+    """A group's states are read at once, not one by one."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _read(
-    q_PBHCK: jax.Array, gates_PSGBHC: jax.Array, states: Weights, pairs: np.ndarray, at_once: bool
+    q_PBHCK: jax.Array, gates_PSGBHC: jax.Array, states: Weights, pairs: np.ndarray, how: _How
 ) -> jax.Array:
-    """States [S, G, B, H, ...], a group read one by one or at once; [P, B, H, C, V] in float32 at least."""
-    return _forward(q_PBHCK, gates_PSGBHC, states, pairs, at_once)[0]
+    """States [S, G, B, H, ...], read by groups; [P, B, H, C, V] in float32 at least."""
+    return _forward(q_PBHCK, gates_PSGBHC, states, pairs, how)[0]
 
 
-def _forward(q, gates, states, pairs, at_once):
+def _forward(q, gates, states, pairs, how):
     def read(out, pair):
         piece, group = pair
         q_piece, out_piece = q[piece], out[piece]
-        if at_once:
+        if how.at_once:
             weights = jax.tree.map(lambda leaf: leaf[group], states)
-            out_piece += _group_read(q_piece, gates[piece, group], weights)
+            out_piece += _group_read(q_piece, gates[piece, group], weights, how.branch)
         else:
             for gate, weights in _members(gates[piece, group], states, group):
-                out_piece += gate * query(q_piece, weights)
+                out_piece += gate * query(q_piece, weights, how.branch)
         return out.at[piece].set(out_piece), None
 
     value_dim = jax.tree.leaves(states)[-1].shape[-1]
@@ -102,7 +112,10 @@ def _forward(q, gates, states, pairs, at_once):
     return out, (q, gates, states, pairs)
 
 
-def _group_read(q_BHCK, gates_GBHC, weights):
+def _group_read(q_BHCK, gates_GBHC, weights, branch):
+    if branch is not None and branch.is_bounded:
+        # A state's read is bounded before it is weighed.
+        return jnp.sum(gates_GBHC[..., None] * query(q_BHCK[None], weights, branch), axis=0)
     # [g_1 q | g_2 q | ...] [M_1; M_2; ...]: states are joined along the keys; of MLPs, hidden layers.
     dtype = gates_GBHC.dtype
     inner = q_BHCK[None].astype(dtype)
@@ -112,16 +125,18 @@ def _group_read(q_BHCK, gates_GBHC, weights):
     return jnp.einsum("gbhck,gbhkv->bhcv", gated, weights.astype(gated.dtype), preferred_element_type=dtype)
 
 
-def _backward(at_once, residuals, out_bar):
+def _backward(how, residuals, out_bar):
     q, gates, states, pairs = residuals
     out_bar = out_bar.astype(q.dtype)
-    read_bar = _mlp_read_bar if isinstance(states, tuple) else _matrix_read_bar
+    read_bar = _matrix_read_bar
+    if how.branch is not None:
+        read_bar = functools.partial(_mlp_read_bar, how.branch)
 
     def backward(bars, pair):
         q_bar, gates_bar, states_bar = bars
         piece, group = pair
         q_piece, out_bar_piece, q_bar_piece = q[piece], out_bar[piece], q_bar[piece]
-        if at_once:
+        if how.at_once:
             gate, weights = gates[piece, group][..., None], jax.tree.map(lambda leaf: leaf[group], states)
             every = jax.vmap(read_bar, in_axes=(None, 0, 0, None))
             more, gate_bar, weights_bar = every(q_piece, gate, weights, out_bar_piece)
@@ -158,16 +173,24 @@ def _matrix_read_bar(q, gate, weights, out_bar):
     return gate * p, jnp.sum(p * wide_q, axis=-1), weights_bar
 
 
-def _mlp_read_bar(q, gate, weights, out_bar):
+def _mlp_read_bar(branch, q, gate, weights, out_bar):
     # The same with the hidden layer h, made again here, in the place of q; then through the first layer.
+    # A bounded read is made again too: its length is in all gradients.
     w_in, w_out = weights
     hidden, gelu_vjp = jax.vjp(gelu, matmul(q, w_in))
+    if branch.is_bounded:
+        z = matmul(hidden.astype(q.dtype), w_out)
+        wide_bar = out_bar.astype(z.dtype)
+        gate_bar = jnp.sum(branch.of(z) * wide_bar, axis=-1)
+        out_bar = branch.bar(z, wide_bar).astype(q.dtype)
     p = matmul(out_bar, w_out.swapaxes(2, 3))
+    if not branch.is_bounded:
+        gate_bar = jnp.sum(p * hidden, axis=-1)
     w_out_bar = matmul((gate * hidden).astype(q.dtype).swapaxes(2, 3), out_bar)
     (inner_bar,) = gelu_vjp(gate * p)
     inner_bar = inner_bar.astype(q.dtype)
     w_in_bar = matmul(q.swapaxes(2, 3), inner_bar)
-    return matmul(inner_bar, w_in.swapaxes(2, 3)), jnp.sum(p * hidden, axis=-1), (w_in_bar, w_out_bar)
+    return matmul(inner_bar, w_in.swapaxes(2, 3)), gate_bar, (w_in_bar, w_out_bar)
 
 
 _read.defvjp(_forward, _backward)

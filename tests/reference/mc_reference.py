@@ -72,6 +72,7 @@ def memory_caching_reference(
     initial_state: Weights | None = None,
     chunk_length: int = 64,
     router_blocks: int = 1,
+    branch: Literal["bounded", "plain"] | None = None,
 ) -> tuple[Array, Weights, Array]:
     """Read every token's query from its online and its cached memories.
 
@@ -90,6 +91,7 @@ def memory_caching_reference(
       initial_state: [H, K, V] or [B, H, K, V]; for an MLP the pair [.., H, K, E], [.., H, E, V]; None: zeros.
       chunk_length: tokens that take their gradients at one state (dla and titans).
       router_blocks: a segment's score is the largest score of this many equal parts of it.
+      branch: of an MLP; None: "bounded".
 
     Returns:
       y [B, T, H, V], the states cached after each segment [B, S, H, ...], and the means of their router
@@ -144,7 +146,9 @@ def memory_caching_reference(
     starts_chunk = (position % segment_length) % chunk_length == 0  # [T]
 
     def run_memory(starts_afresh: Array) -> Weights:
-        return _write_all(written, initial, starts_document | starts_afresh[None, :], starts_chunk, memory)
+        return _write_all(
+            written, initial, starts_document | starts_afresh[None, :], starts_chunk, memory, branch
+        )
 
     independent = segment_init == "independent"
     online_states = run_memory((position % segment_length == 0) & independent)
@@ -169,6 +173,7 @@ def memory_caching_reference(
         segmentation=segmentation,
         segment_length=segment_length,
         router_blocks=router_blocks,
+        branch=branch,
     )
     return y, cached_states, pooled
 
@@ -176,9 +181,14 @@ def memory_caching_reference(
 # Writing (docs/math.md section 1)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _write_all(
-    written: Written, initial: Weights, starts_afresh: Array, starts_chunk: Array, memory: str
+    written: Written,
+    initial: Weights,
+    starts_afresh: Array,
+    starts_chunk: Array,
+    memory: str,
+    branch: str | None,
 ) -> Weights:
     """States after each token [B, T, H, ...]; all is forgotten before those that `starts_afresh` [B, T]."""
 
@@ -196,7 +206,7 @@ def _write_all(
             online = tree_map(lambda new, old: jnp.where(is_afresh, new, old), beginning, online)
             if_start = functools.partial(jnp.where, is_chunk_start)
             online = online._replace(anchor=tree_map(if_start, online.weights, online.anchor))
-            weights, momentum = _write(online, token, memory)
+            weights, momentum = _write(online, token, memory, branch)
             return Online(weights, momentum, online.anchor, token.k, token.v), weights
 
         return jax.lax.scan(write_next, beginning, (written, starts_afresh, starts_chunk))[1]
@@ -205,16 +215,16 @@ def _write_all(
     return jax.vmap(heads)(written, initial, starts_afresh)
 
 
-def _write(online: Online, token: Written, memory: str) -> tuple[Weights, Weights]:
+def _write(online: Online, token: Written, memory: str, branch: str | None) -> tuple[Weights, Weights]:
     """Write one token: M_t and S_t."""
     a, h, m, p = token.retention, token.step, token.momentum, token.previous_step
     k, v, weights = token.k, token.v, online.weights
 
     def dot_loss(weights: Weights) -> Array:
-        return -jnp.dot(_read_memory(weights, k), v)
+        return -jnp.dot(_read_memory(weights, k, branch), v)
 
     def l2_loss(weights: Weights) -> Array:
-        return 0.5 * jnp.sum((_read_memory(weights, k) - v) ** 2)
+        return 0.5 * jnp.sum((_read_memory(weights, k, branch) - v) ** 2)
 
     if memory == "dla":
         gradient = jax.grad(dot_loss)(online.anchor)
@@ -239,7 +249,7 @@ def _write(online: Online, token: Written, memory: str) -> tuple[Weights, Weight
 
 
 @functools.partial(
-    jax.jit, static_argnames=("aggregation", "segmentation", "segment_length", "router_blocks")
+    jax.jit, static_argnames=("aggregation", "segmentation", "segment_length", "router_blocks", "branch")
 )
 def _read_all(
     asked: Asked,
@@ -270,6 +280,7 @@ def _read_row(
     segmentation: str,
     segment_length: int,
     router_blocks: int,
+    branch: str | None,
 ) -> tuple[Array, Array]:
     """One row and head: y [T, V], pooled router keys [S, R]."""
     length = document.shape[0]
@@ -329,37 +340,39 @@ def _read_row(
         q = asked.q[t]
         online = tree_map(lambda w: w[t], online_states)
         if aggregation == "none":
-            return _read_memory(online, q)
+            return _read_memory(online, q, branch)
 
         first, last, exists = memories_to_read(t)
         cached = tree_map(lambda w: w[first, last], group_states)  # [N, ...]
         if aggregation == "residual":
-            branches = jax.vmap(_branch, in_axes=(0, None))(cached, q)  # [N, V]
-            return _read_memory(online, q) + jnp.where(exists[:, None], branches, 0).sum(axis=0)
+            branches = jax.vmap(lambda w: _branch(w, q, branch))(cached)  # [N, V]
+            return _read_memory(online, q, branch) + jnp.where(exists[:, None], branches, 0).sum(axis=0)
 
         gates, online_gate = gates_of(t, first, last, exists)
         if aggregation == "soup":
             mixed = tree_map(lambda ws, w: jnp.tensordot(gates, ws, axes=1) + online_gate * w, cached, online)
-            return _read_memory(mixed, q)
-        outputs = jax.vmap(_read_memory, in_axes=(0, None))(cached, q)  # [N, V]
-        return gates @ outputs + online_gate * _read_memory(online, q)
+            return _read_memory(mixed, q, branch)
+        outputs = jax.vmap(lambda w: _read_memory(w, q, branch))(cached)  # [N, V]
+        return gates @ outputs + online_gate * _read_memory(online, q, branch)
 
     y = jax.vmap(read)(position)
     pooled = jax.vmap(lambda s: pooled_blocks(s, s, 1)[0][0])(segments)
     return y, pooled
 
 
-def _branch(weights: Weights, x: Array) -> Array:
+def _branch(weights: Weights, x: Array, branch: str | None) -> Array:
     """x [K] -> [V]: the memory without the skip term that an MLP has."""
     if isinstance(weights, tuple):
         w_in, w_out = weights
-        return jax.nn.gelu(x @ w_in, approximate=True) @ w_out
+        z = jax.nn.gelu(x @ w_in, approximate=True) @ w_out
+        return z if branch == "plain" else z / jnp.sqrt(1 + jnp.mean(z**2))
     return x @ weights
 
 
-def _read_memory(weights: Weights, x: Array) -> Array:
+def _read_memory(weights: Weights, x: Array, branch: str | None) -> Array:
     """M(x), x [K] -> [V]."""
-    return x + _branch(weights, x) if isinstance(weights, tuple) else _branch(weights, x)
+    read = _branch(weights, x, branch)
+    return x + read if isinstance(weights, tuple) else read
 
 
 def _masked_mean(rows: Array, mask: Array) -> Array:
