@@ -97,7 +97,7 @@ def deep_memory(
       ValueError: if shapes, names or lengths do not fit, or the objective has no use for a coefficient.
     """
     check_objective(objective, momentum, previous_step)
-    branch_of_z = Branch(branch)
+    form = Branch(branch)
     if segment_init not in _SEGMENT_INITS:
         raise ValueError(f"segment_init is {segment_init!r}; choose one of {', '.join(_SEGMENT_INITS)}")
     if implementation not in (None, *_IMPLEMENTATIONS):
@@ -147,7 +147,7 @@ def deep_memory(
         k,
         v,
         objective=objective,
-        branch=branch_of_z,
+        branch=form,
         retention=retention,
         momentum=momentum,
         step=step,

@@ -52,7 +52,7 @@ def deep_memory_step(
       ValueError: for momentum with objective "dot", a previous_step, or a branch that is not known.
     """
     check_objective(objective, momentum, previous_step)
-    branch_of_z = Branch(branch)
+    form = Branch(branch)
     dtype = state_dtype(q)
 
     def scalar(coefficient: jax.Array | None, neutral: float) -> jax.Array:
@@ -65,8 +65,8 @@ def deep_memory_step(
     anchor = select_rows(chunk_start, state.weights, state.anchor)
     key_gelu, slope = gelu_and_slope(_product(key, anchor[0]))
     output = _product(key_gelu, anchor[1])
-    error = value - key - branch_of_z.of(output) if objective == "l2" else value
-    signal = scalar(step, 1.0) * branch_of_z.bar(output, error)
+    error = value - key - form.of(output) if objective == "l2" else value
+    signal = scalar(step, 1.0) * form.bar(output, error)
     hidden_signal = jnp.einsum("bhv,bhev->bhe", signal, anchor[1], precision="highest") * slope
     writes = (_outer(key, hidden_signal), _outer(key_gelu, signal))
 
@@ -87,7 +87,7 @@ def deep_memory_step(
     read = gate * _product(hidden, weights[1])
     after = OnlineState(weights=weights, momentum=surprise, anchor=anchor)
     if hidden_bias is None and hidden_gate is None:
-        return branch_of_z.of(read).astype(q.dtype), after
+        return form.of(read).astype(q.dtype), after
     return read.astype(q.dtype), after, hidden.astype(q.dtype)
 
 

@@ -11,6 +11,7 @@ from reference.mc_reference import memory_caching_reference
 
 from mc_jax.caching import Routing, Settings, forward, memory_caching
 from mc_jax.memories import Coefficients
+from pallas_kernels._branch import BRANCHES
 
 _LOGARITHMIC_SUMS = {"aggregation": "gated", "segmentation": "logarithmic", "segment_init": "independent"}
 
@@ -74,6 +75,8 @@ def test_every_memory_and_aggregation_agrees_with_the_reference(memory, mlp, agg
         "segment_init": segment_init,
         **AGGREGATIONS[aggregation],
     }
+    if mlp:
+        settings["branch"] = BRANCHES[turn // 2 % 2]
     check_agreement(settings, arguments(memory, mlp, aggregation))
 
 
@@ -89,6 +92,8 @@ def test_packed_documents_agree_with_the_reference(memory, mlp):
         "chunk_length": CHUNK,
         "segment_init": segment_init,
     }
+    if memory == "titans" and mlp:
+        settings["branch"] = "plain"
     check_agreement(settings, arguments(memory, mlp, "gated", length=29, documents=True))
 
 
@@ -183,6 +188,8 @@ def test_tokens_grouped_by_state_read_what_the_dense_form_reads(memory, mlp):
         ({"u": None}, "give its queries u"),
         ({"momentum": True}, "momentum has no effect on memory 'linear'"),
         ({"initial_state": True}, "memory 'linear' is a matrix"),
+        ({"branch": "plain"}, "branch 'plain' has no effect on memory 'linear' whose state is a matrix"),
+        ({"branch": "sharp"}, "unknown branch 'sharp'; choose from None, bounded, plain"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )

@@ -72,15 +72,15 @@ def loss(arguments, arrays, *, implementation, **names):
 
 
 @functools.cache
-def compiled(implementation, objective, segment_init):
+def compiled(implementation, objective, segment_init, branch):
     function = functools.partial(
-        loss, implementation=implementation, objective=objective, segment_init=segment_init
+        loss, implementation=implementation, objective=objective, segment_init=segment_init, branch=branch
     )
     return jax.jit(jax.value_and_grad(function, has_aux=True))
 
 
-def outputs_and_gradients(implementation, objective, segment_init, arguments, arrays):
-    (_, outputs), gradients = compiled(implementation, objective, segment_init)(arguments, arrays)
+def outputs_and_gradients(implementation, objective, segment_init, arguments, arrays, branch="bounded"):
+    (_, outputs), gradients = compiled(implementation, objective, segment_init, branch)(arguments, arrays)
     return outputs, gradients
 
 
@@ -110,13 +110,23 @@ def rms_ratio(actual, expected):
     return max(jax.tree.leaves(ratios))
 
 
-@pytest.mark.parametrize("segment_init", INITS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_xla_equals_the_gradient_of_the_loss_token_by_token(x64, objective, segment_init):
-    arguments = make_arguments(objective, jnp.float64, everything=True)
+# Soup, which leaves the branch to the caller, and its absence; each branch with each objective and start.
+@pytest.mark.parametrize(
+    ("objective", "segment_init", "branch", "everything"),
+    [
+        ("dot", "checkpoint", "bounded", False),
+        ("dot", "independent", "bounded", True),
+        ("l2", "independent", "bounded", False),
+        ("l2", "checkpoint", "bounded", True),
+        ("dot", "checkpoint", "plain", True),
+        ("l2", "independent", "plain", False),
+    ],
+)
+def test_xla_equals_the_gradient_of_the_loss_token_by_token(x64, objective, segment_init, branch, everything):
+    arguments = make_arguments(objective, jnp.float64, everything=everything)
     arrays = {"lengths": jnp.array(LENGTHS), "document_ids": jnp.array(DOCUMENTS)}
     actual, expected = (
-        outputs_and_gradients(name, objective, segment_init, arguments, arrays)
+        outputs_and_gradients(name, objective, segment_init, arguments, arrays, branch)
         for name in ("xla", "reference")
     )
     assert relative_error(actual[0], expected[0]) < 1e-9, "values differ: compare _chunk.py with docs/math.md"
@@ -264,6 +274,7 @@ def test_neither_pass_holds_a_state_a_chunk_let_alone_a_token(segment_length):
     ("changes", "message"),
     [
         ({"objective": "l1"}, "objective is 'l1'"),
+        ({"branch": "l1"}, "branch is 'l1'; choose one of bounded, plain"),
         ({"objective": "dot"}, "momentum means nothing to objective 'dot'"),
         ({"previous_step": jnp.ones((B, T, H))}, "previous_step means nothing"),
         ({"chunk_length": 3}, "chunk_length 3 does not divide segment_length 8"),

@@ -78,7 +78,8 @@ def test_an_unfinished_segment_counts_its_tokens():
         ({"memory": "linear"}, 2),
         ({"memory": "delta"}, 3),
         ({"memory": "titans", "memory_depth": 1}, 3),
-        ({"memory": "dla", "memory_depth": 2}, 6),
+        ({"memory": "dla", "memory_depth": 2, "memory_branch": "plain"}, 6),
+        ({"memory": "dla", "memory_depth": 2}, 7),
         ({"memory": "titans", "memory_depth": 2}, 7),
     ],
 )

@@ -28,21 +28,28 @@ def combine(factors, *weights):
     return sum(f * w for f, w in zip(factors, weights, strict=True))
 
 
-def read_in_numpy(weights, x):
-    return x + gelu(x @ weights[0]) @ weights[1] if isinstance(weights, tuple) else x @ weights
+def read_in_numpy(weights, x, branch):
+    if not isinstance(weights, tuple):
+        return x @ weights
+    z = gelu(x @ weights[0]) @ weights[1]
+    return x + (z if branch == "plain" else z / math.sqrt(1 + z @ z / len(z)))
 
 
-def gradient_in_numpy(weights, k, v, memory):
+def gradient_in_numpy(weights, k, v, memory, branch):
     """By the chain rule, written out; [0] first layer, [1] second, or the matrix alone."""
-    error = -v if memory == "dla" else read_in_numpy(weights, k) - v
+    error = -v if memory == "dla" else read_in_numpy(weights, k, branch) - v
     if not isinstance(weights, tuple):
         return np.outer(k, error)
     w_in, w_out = weights
     hidden = k @ w_in
+    if branch == "bounded":
+        z = gelu(hidden) @ w_out
+        length = math.sqrt(1 + z @ z / len(z))
+        error = (np.eye(len(z)) / length - np.outer(z, z) / len(z) / length**3) @ error
     return np.outer(k, (w_out @ error) * gelu_slope(hidden)), np.outer(gelu(hidden), error)
 
 
-def write_in_numpy(k, v, a, h, m, p, *, memory, initial, fresh, chunk_starts):
+def write_in_numpy(k, v, a, h, m, p, *, memory, branch, initial, fresh, chunk_starts):
     """States after each token, by plain loops."""
     states = []
     nothing = combine((0,), initial), (0 * k[0], 0 * v[0])
@@ -63,7 +70,7 @@ def write_in_numpy(k, v, a, h, m, p, *, memory, initial, fresh, chunk_starts):
             )
         else:
             decay = 0 if memory == "dla" else m[t]
-            gradient = gradient_in_numpy(anchor, k[t], v[t], memory)
+            gradient = gradient_in_numpy(anchor, k[t], v[t], memory, branch)
             momentum = combine((decay, -h[t]), momentum, gradient)
             weights = combine((a[t], 1), weights, momentum)
         previous = (k[t], v[t])
@@ -111,6 +118,7 @@ def row_in_numpy(
     blocks=1,
     chunk_length=2,
     segment_length=SEGMENT,
+    branch="bounded",
 ):
     q, u, r = row["q"], row["u"], row["router_keys"]
     length = len(q)
@@ -125,6 +133,7 @@ def row_in_numpy(
             row["v"][tokens],
             *scalars,
             memory=memory,
+            branch=branch,
             initial=initial,
             fresh=np.array(new_document) | (np.array(new_segment) & (segmentation == "constant")),
             chunk_starts=[t % segment_length % chunk_length == 0 for t in tokens],
@@ -173,9 +182,9 @@ def row_in_numpy(
             gates = softmax_in_numpy([*scores, logit])
         memories = [*cached, online]
         if aggregation == "soup":
-            y.append(read_in_numpy(combine(gates, *memories), q[t]))
+            y.append(read_in_numpy(combine(gates, *memories), q[t], branch))
             continue
-        output = sum(g * read_in_numpy(w, q[t]) for g, w in zip(gates, memories, strict=True))
+        output = sum(g * read_in_numpy(w, q[t], branch) for g, w in zip(gates, memories, strict=True))
         if aggregation == "residual" and isinstance(initial, tuple):
             output = output - (len(memories) - 1) * q[t]
         y.append(output)

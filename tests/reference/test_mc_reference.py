@@ -119,15 +119,15 @@ def test_every_memory_is_as_in_numpy_loops(memory):
 
 
 @pytest.mark.parametrize(
-    ("memory", "aggregation", "segment_init"),
+    ("memory", "aggregation", "segment_init", "branch"),
     [
-        ("dla", "residual", "independent"),
-        ("dla", "gated", "checkpoint"),
-        ("titans", "soup", "checkpoint"),
-        ("titans", "gated", "independent"),
+        ("dla", "residual", "independent", "bounded"),
+        ("dla", "gated", "checkpoint", "plain"),
+        ("titans", "soup", "checkpoint", "bounded"),
+        ("titans", "gated", "independent", "plain"),
     ],
 )
-def test_mlp_memories_are_as_in_numpy_loops(memory, aggregation, segment_init):
+def test_mlp_memories_are_as_in_numpy_loops(memory, aggregation, segment_init, branch):
     documents = np.array([[0] * 14, [0] * 6 + [1] * 8], np.int32)
     assert_as_in_numpy(
         random_inputs(value_dim=K),
@@ -137,6 +137,7 @@ def test_mlp_memories_are_as_in_numpy_loops(memory, aggregation, segment_init):
         memory=memory,
         aggregation=aggregation,
         segment_init=segment_init,
+        branch=branch,
     )
 
 
