@@ -199,6 +199,15 @@ def test_a_config_survives_json():
     assert configs.from_json(configs.to_json(config)) == config
 
 
+def test_an_mlp_memory_from_before_there_were_branches_goes_on_as_plain():
+    sections = json.loads(configs.to_json(changed(model__memory="titans", model__memory_depth=2)))
+    assert configs.from_dict(sections).model.memory_branch is None, "what this release wrote is as it was"
+    del sections["model"]["memory_branch"]
+    assert configs.from_dict(sections).model.memory_branch == "plain"
+    sections["model"] |= {"memory": "linear", "memory_depth": None}
+    assert configs.from_dict(sections).model.memory_branch is None, "a matrix has no branch"
+
+
 def test_json_has_every_field():
     sections = json.loads(configs.to_json(Config()))
     assert {f"{section}.{name}" for section, fields in sections.items() for name in fields} == set(FIELDS)
