@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +14,7 @@ from mc_jax._arguments import UsageError, parse
 from mc_jax._plan_command import plan
 from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
 from mc_jax.config import Config, validate
+from mc_jax.stop_signals import current
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,10 @@ def train(arguments: Sequence[str]) -> None:
     if Path(name).name != name or name in ("", ".."):
         raise UsageError(f"--name {name!r} is no folder's name; the folder above it is --runs-dir")
 
+    signals = current()
+    signals.codes[signal.SIGTERM] = 0  # docs/laptop-to-pod.md: launchers make it 143
+    signals.words = "stopped by {signal} before a step was done; the same command goes on"
+
     import jax
     from etils import epath
 
@@ -78,15 +84,19 @@ def train(arguments: Sequence[str]) -> None:
     with joined(**dataclasses.asdict(chosen.processes)):
         step = run_training(chosen.config, run_dir, overwrite=chosen.overwrite)
         is_done = step == chosen.config.training.steps
-        result = summarize_run(run_dir) if is_done else None
+        rest = "goes on with the evaluation" if is_done else "goes on from there"
+        stopped = f"stopped by {{signal}}, step {step} is saved; the same command {rest}"
+        signals.end_at_once(stopped)
+        is_stopped = signals.heard is not None or not is_done
+        result = None if is_stopped else summarize_run(run_dir)
         if jax.process_index() > 0:
             return
         if result is not None:
             _print_result(str(run_dir), result)
-        if is_done:
-            print(f"report: {run_dir / 'report.html'}")
+        if is_stopped:
+            print(stopped.format(signal=signals.name if signals.heard else "a signal to another process"))
         else:
-            print(f"stopped by SIGTERM, step {step} is saved; the same command goes on from there")
+            print(f"report: {run_dir / 'report.html'}")
 
 
 def _train_help() -> str:
@@ -226,7 +236,10 @@ def prepare(arguments: Sequence[str]) -> None:
     if not chosen.inputs:
         raise UsageError("no input is named; write mc-jax prepare FILE ... --output FOLDER")
 
+    from mc_jax.data.files import remove_unfinished
     from mc_jax.data.prepare import prepare as write_store
+
+    current().tidy = remove_unfinished
 
     dataset = write_store(
         chosen.inputs,

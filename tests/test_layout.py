@@ -18,6 +18,7 @@ MOST_LINES = 400
 RANKS = {
     "pallas_kernels": 0,
     "_absent_tpu": 0,
+    "stop_signals": 0,
     "_selftest": 1,
     "config": 0,
     "data": 1,

@@ -5,13 +5,16 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 
 from mc_jax.cli import main
+from mc_jax.stop_signals import StopSignals
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -46,10 +49,25 @@ class Started:
         return [line for line in lines if "[Gloo]" not in line and "absl" not in line]
 
 
-def start(folder: pathlib.Path, *words: str, output: str) -> Started:
-    """Start `mc-jax WORDS` in a folder, which has a cache of compiled programs too."""
+def start(
+    folder: pathlib.Path,
+    *words: str,
+    output: str,
+    before: Callable[[], None] | None = None,
+    seconds_a_step: float = _SECONDS_A_STEP,
+) -> Started:
+    """Start `mc-jax WORDS` in a folder, which has a cache of compiled programs too.
+
+    Args:
+      folder: where it runs.
+      words: after the program's name.
+      output: name of the file, in the folder, that has what it prints.
+      before: called in the new process first, by its name.
+      seconds_a_step: that each step takes at least.
+    """
     path = folder / output
-    process = _FORKS.Process(target=_run, args=(str(folder), str(path), words), daemon=True)
+    arguments = (str(folder), str(path), words, before, seconds_a_step)
+    process = _FORKS.Process(target=_run, args=arguments, daemon=True)
     process.start()
     return Started(process, path)
 
@@ -85,7 +103,13 @@ def wait_for_step(run: pathlib.Path, step: int, processes: list[Started]) -> Non
         time.sleep(0.01)
 
 
-def _run(folder: str, output: str, words: tuple[str, ...]) -> None:
+def _run(
+    folder: str,
+    output: str,
+    words: tuple[str, ...],
+    before: Callable[[], None] | None,
+    seconds_a_step: float,
+) -> None:
     opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(opened, 1)
     os.dup2(opened, 2)
@@ -100,10 +124,14 @@ def _run(folder: str, output: str, words: tuple[str, ...]) -> None:
     on_mesh = loop.on_mesh
 
     def on_mesh_slowly(*arguments):
-        time.sleep(_SECONDS_A_STEP)
+        time.sleep(seconds_a_step)
         return on_mesh(*arguments)
 
     loop.on_mesh = on_mesh_slowly
-    code = main(words)
+    if before is not None:
+        before()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore it
+    with StopSignals():
+        code = main(words)
     atexit._run_exitfuncs()  # JAX's are part of how a process ends, and a fork's end leaves them out
     sys.exit(code)

@@ -19,6 +19,7 @@ from etils import epath
 
 UNFINISHED = (".part", ".partial")
 """How the names end of what was never finished; nobody reads it."""
+_unfinished: set[Path] = set()
 
 
 def is_in_bucket(path: epath.PathLike) -> bool:
@@ -93,6 +94,7 @@ def new_folder(path: Path) -> Generator[Path]:
             with contextlib.suppress(OSError), _locked(left):
                 shutil.rmtree(left)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{UNFINISHED[1]}")
+    _unfinished.add(partial)
     partial.mkdir()
     try:
         with contextlib.ExitStack() as stack:
@@ -107,6 +109,16 @@ def new_folder(path: Path) -> Generator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _unfinished.discard(partial)
+
+
+def remove_unfinished() -> None:
+    """Remove what another thread has written of new folders, before the program ends at once."""
+    for partial in list(_unfinished):
+        # Renamed first: the other thread finds it no more, and puts nothing into it meanwhile.
+        gone = partial.with_name(f"{partial.stem}.gone{UNFINISHED[1]}")
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(partial.replace(gone))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ all see; process 0 alone writes to it, but for checkpoints, of which each writes
 import contextlib
 import hashlib
 import math
+import signal
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mc_jax import stop_signals
 from mc_jax.parallel.roll_call import RollCall
 
 _LONGEST_MESSAGE = 4096  # bytes
@@ -76,6 +78,9 @@ def joined(
         initialization_timeout=math.ceil(patience),
         shutdown_timeout_seconds=_SECONDS_TO_SHUT_DOWN,
     )
+    signals = stop_signals.current()
+    signals.pass_on = _tell_jax
+    signals.finish_first()
     try:
         yield
     except BaseException as error:
@@ -86,6 +91,16 @@ def joined(
         raise
     roll_call.leave()
     jax.distributed.shutdown()
+
+
+def _tell_jax(number: signal.Signals) -> None:
+    """Let JAX hear of a signal, so that all processes agree on a step to stop at.
+
+    It listens to SIGTERM, which is blocked in all threads.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.raise_signal(signal.SIGTERM)  # to this very thread
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def first_decides(decide: Callable[[], None]) -> None:

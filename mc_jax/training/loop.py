@@ -15,7 +15,7 @@ from mc_jax.training import run
 from mc_jax.training.checkpoint import Checkpoints
 from mc_jax.training.metrics import MetricsLog
 from mc_jax.training.optimizer import annealed_top_k, learning_rate, make_optimizer
-from mc_jax.training.preemption import Preemption
+from mc_jax.training.preemption import stops_at
 from mc_jax.training.progress import Progress
 from mc_jax.training.run_folder import opened
 from mc_jax.training.step import make_step
@@ -35,7 +35,8 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
       overwrite: start anew, whatever run the folder holds.
 
     Returns:
-      The step of the last checkpoint: the config's last step, or an earlier one after a SIGTERM.
+      The step of the last checkpoint: the config's last step, or an earlier one after a signal that
+        `stop_signals` heard.
 
     Raises:
       ValueError: contradictory settings, a mesh that does not fit, data that is not there, or a folder that
@@ -50,7 +51,6 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
     with (
         opened(run_dir, config, overwrite=overwrite) as folder,
         jax.set_mesh(mesh),
-        Preemption() as preemption,  # outside: no second signal may disturb the last checkpoint
         Checkpoints(run_dir, every=settings.checkpoint_every, keep=settings.keep_checkpoints) as checkpoints,
     ):
         dataset = folder.dataset
@@ -126,7 +126,7 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
                 if pending is not None:
                     record(*pending)
                 pending = step, rate, metrics
-                is_last = preemption.stops_at(step) or step == settings.steps
+                is_last = stops_at(step) or step == settings.steps
                 checkpoints.save(step, state, force=is_last)
                 if is_last:
                     break

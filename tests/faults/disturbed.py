@@ -1,0 +1,120 @@
+"""Runs that are disturbed at a chosen place, and how to see that they end as one that was not."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import signal
+import time
+from typing import Any
+
+from training_process import Started, start
+
+from mc_jax import stop_signals
+
+STEPS = 6
+RECIPE = '''
+"""A run of a second, for tests."""
+from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
+
+
+def config() -> Config:
+    return Config(
+        model=ModelConfig(
+            num_layers=1, model_dim=16, num_heads=2, mlp_dim=32, segment_length=16, chunk_length=8
+        ),
+        data=DataConfig(corpus={corpus!r}, tokenizer=None, context_length=32),
+        training=TrainingConfig(
+            steps={steps}, batch_size=2, learning_rate=1e-2, warmup_steps=2, checkpoint_every=2
+        ),
+        evaluation=EvaluationConfig(sample_tokens=2),
+    )
+'''
+
+
+@dataclasses.dataclass(frozen=True)
+class Disturbance:
+    """Signals that a process sends itself when it enters a function."""
+
+    where: str
+    """module:function, or module:class.method."""
+    signals: tuple[signal.Signals, ...]
+    entry: int = 1
+    """The entry at which the signals come, from 1."""
+    seconds_between: float = 0.4
+    """Two that come closer together are one press of Ctrl-C."""
+
+    def __call__(self) -> None:
+        module, _, path = self.where.partition(":")
+        *owners, name = path.split(".")
+        owner: Any = importlib.import_module(module)
+        for part in owners:
+            owner = getattr(owner, part)
+        original, entries = getattr(owner, name), 0
+
+        def entered(*arguments: Any, **named: Any) -> Any:
+            nonlocal entries
+            entries += 1
+            if entries == self.entry:
+                self._send()
+            return original(*arguments, **named)
+
+        setattr(owner, name, entered)
+
+    def _send(self) -> None:
+        for number, sent in enumerate(self.signals):
+            if number:
+                time.sleep(self.seconds_between)
+            os.kill(os.getpid(), sent)
+            while stop_signals.current().heard is None:
+                time.sleep(0.001)
+
+
+def make_workplace(folder: pathlib.Path) -> pathlib.Path:
+    """A folder with a recipe of a run that takes a second, and its corpus."""
+    from mc_jax.data.prepare import prepare
+
+    words = "the sea was calm and the wind came from the west; she walked along the shore. "
+    (folder / "text.txt").write_text(words * 20)
+    (folder / "held.txt").write_text(words)
+    prepare([folder / "text.txt"], folder / "corpus", held_out=[folder / "held.txt"], tokenizer="bytes")
+    (folder / "tiny.py").write_text(RECIPE.format(corpus=str(folder / "corpus"), steps=STEPS))
+    return folder
+
+
+def train(
+    workplace: pathlib.Path, name: str, disturbance: Disturbance | None = None, words: tuple[str, ...] = ()
+) -> Started:
+    """Start to train a run, or to go on with it."""
+    output = f"{name}.{time.monotonic_ns()}.txt"
+    return start(
+        workplace, "train", "tiny.py", "--name", name, *words,
+        output=output, before=disturbance, seconds_a_step=0.0,
+    )  # fmt: skip
+
+
+def outcome(run: pathlib.Path) -> dict[str, Any]:
+    """What must be the same, bit by bit, whatever disturbed a run on its way to its end."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    numbers = [{name: line[name] for name in ("step", "tokens", "loss", "grad_norm")} for line in lines]
+    return {
+        "metrics": numbers,
+        "files": sorted(path.name for path in run.iterdir()),
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
+        "state": _digest(run),
+    }
+
+
+def _digest(run: pathlib.Path) -> str:
+    """Of the last checkpoint's numbers."""
+    import jax
+    from orbax.checkpoint import v1 as ocp
+
+    with ocp.training.Checkpointer(run.resolve() / "checkpoints") as checkpointer:
+        tree: Any = checkpointer.load(STEPS)
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(jax.tree_util.keystr(path).encode() + memoryview(leaf).tobytes())
+    return digest.hexdigest()
