@@ -1,12 +1,14 @@
 """Runs that are disturbed at a chosen place, and how to see that they end as one that was not."""
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib
 import json
 import os
 import pathlib
 import signal
+import termios
 import time
 from typing import Any
 
@@ -43,8 +45,14 @@ class Disturbance:
     signals: tuple[signal.Signals, ...]
     entry: int = 1
     """The entry at which the signals come, from 1."""
+    hangs: bool = False
+    """Whether the function never ends."""
     seconds_between: float = 0.4
     """Two that come closer together are one press of Ctrl-C."""
+
+    def with_signals(self, *signals: signal.Signals) -> "Disturbance":
+        """The same place, with other signals."""
+        return dataclasses.replace(self, signals=signals)
 
     def __call__(self) -> None:
         module, _, path = self.where.partition(":")
@@ -70,6 +78,8 @@ class Disturbance:
             os.kill(os.getpid(), sent)
             while stop_signals.current().heard is None:
                 time.sleep(0.001)
+        while self.hangs:
+            time.sleep(60)
 
 
 def make_workplace(folder: pathlib.Path) -> pathlib.Path:
@@ -84,15 +94,37 @@ def make_workplace(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+class Hangup(Disturbance):
+    """The loss of the terminal that a process prints to."""
+
+    def __call__(self) -> None:
+        os.setsid()
+        os.environ["TERM"] = "dumb"  # no progress bar, whose bytes nobody would read
+        mine, its = os.openpty()
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+        os.dup2(its, 1)
+        os.dup2(its, 2)
+        os.close(its)
+        object.__setattr__(self, "_mine", mine)
+        super().__call__()
+
+    def _send(self) -> None:
+        os.close(self._mine)  # the kernel sends SIGHUP
+        while stop_signals.current().heard is None:
+            time.sleep(0.001)
+
+
 def train(
     workplace: pathlib.Path, name: str, disturbance: Disturbance | None = None, words: tuple[str, ...] = ()
 ) -> Started:
     """Start to train a run, or to go on with it."""
-    output = f"{name}.{time.monotonic_ns()}.txt"
-    return start(
-        workplace, "train", "tiny.py", "--name", name, *words,
-        output=output, before=disturbance, seconds_a_step=0.0,
-    )  # fmt: skip
+    return run(workplace, "train", "tiny.py", "--name", name, *words, disturbance=disturbance)
+
+
+def run(workplace: pathlib.Path, *words: str, disturbance: Disturbance | None = None) -> Started:
+    """Start any command."""
+    output = f"{time.monotonic_ns()}.txt"
+    return start(workplace, *words, output=output, before=disturbance, seconds_a_step=0.0)
 
 
 def outcome(run: pathlib.Path) -> dict[str, Any]:

@@ -1,12 +1,134 @@
-"""A run that signals stop, in whatever it is doing, says so, and the same command ends it as if none had come."""
+"""A run that signals stop, whatever it is doing, says so; the same command ends it as if none had come."""
 
-import pathlib
 import re
-import signal
 import subprocess
 import sys
-import time
 from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
 
 import pytest
-from disturbed import STEPS, Disturbance, make_workplace, outcome, train
+from disturbed import STEPS, Disturbance, Hangup, make_workplace, outcome, run, train
+
+pytestmark = pytest.mark.xdist_group("faults")  # one worker: they share a run and its compiled programs
+
+SAVING = "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize"
+BEFORE = "before a step was done; the same command goes on"
+SAVED = r"step (\d+) is saved; the same command goes on from there"
+EVALUATION = f"step {STEPS} is saved; the same command goes on with the evaluation"
+# From start to end, the function in which a signal comes, and what is said after "stopped by ".
+PHASES = [
+    (Disturbance("mc_jax.training.run:open_data", ()), BEFORE),
+    (Disturbance("mc_jax.training.run:write_settings", ()), BEFORE),
+    (Disturbance("mc_jax.training.step:token_losses", ()), BEFORE),  # while the first step is compiled
+    (Disturbance("mc_jax.training.loop:on_mesh", (), entry=2), SAVED),
+    (Disturbance(SAVING, ()), SAVED),
+    (Disturbance("mc_jax.evaluation.summary:evaluate_held_out", ()), EVALUATION),
+    (Disturbance("mc_jax.evaluation.summary:write_report", ()), EVALUATION),
+]
+NAMES = {SIGINT: "Ctrl-C", SIGTERM: "SIGTERM", SIGHUP: "SIGHUP"}
+CODES = {SIGINT: 130, SIGTERM: 0, SIGHUP: 129}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return make_workplace(tmp_path_factory.mktemp("signals"))
+
+
+@pytest.fixture(scope="module")
+def whole(workplace):
+    """What a run that nothing disturbed leaves."""
+    started = train(workplace, "whole")
+    assert started.end() == 0, started.lines()
+    return outcome(workplace / "runs" / "whole")
+
+
+def must_end_as(whole, workplace, name: str) -> None:
+    """See that the same command, sent again, brings a run to the end of one that nothing disturbed."""
+    started = train(workplace, name)
+    assert started.end() == 0, started.lines()
+    assert outcome(workplace / "runs" / name) == whole
+
+
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM, SIGHUP], ids=lambda number: number.name)
+def test_a_signal_in_each_phase_of_one_run_is_told_and_loses_nothing(workplace, whole, number):
+    reached = 0
+    for place, told in PHASES:
+        started = train(workplace, number.name, place.with_signals(number))
+        assert started.end(60) == CODES[number], (place, started.lines())
+        found = re.fullmatch(f"(mc-jax: )?stopped by {NAMES[number]},? {told}", started.lines()[-1])
+        assert found, (place, started.lines())
+        if told == SAVED:
+            reached += 1
+            assert int(found[2]) >= reached, "it stopped a step or more later"
+    must_end_as(whole, workplace, number.name)
+
+
+def test_a_kill_in_each_phase_of_one_run_loses_nothing(workplace, whole):
+    for place, _ in PHASES:
+        assert train(workplace, "killed", place.with_signals(SIGKILL)).end(60) == -SIGKILL, place
+    must_end_as(whole, workplace, "killed")
+
+
+@pytest.mark.parametrize("where", ["mc_jax.training.loop:on_mesh", SAVING], ids=["step", "save"])
+def test_a_second_ctrl_c_ends_a_run_that_hangs(workplace, whole, where):
+    place = Disturbance(where, (SIGINT, SIGINT), entry=2, hangs=True)
+    started = train(workplace, f"hangs {where[:6]}", place)
+    assert started.end(60) == 130
+    assert started.lines()[-2:] == [
+        "mc-jax: stopping at the next step, which is saved; Ctrl-C ends at once",
+        "mc-jax: ended at once by Ctrl-C; the same command goes on from the newest checkpoint",
+    ]
+    must_end_as(whole, workplace, f"hangs {where[:6]}")
+
+
+def test_one_press_that_comes_twice_is_one(workplace, whole):
+    place = Disturbance("mc_jax.training.loop:on_mesh", (SIGINT, SIGINT), entry=3, seconds_between=0.0)
+    started = train(workplace, "twice", place)
+    assert started.end(60) == 130
+    assert started.lines()[-1].startswith("stopped by Ctrl-C, step 3 is saved"), started.lines()
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_ends(workplace, whole):
+    started = train(workplace, "closed", Hangup("mc_jax.training.loop:on_mesh", (), entry=3))
+    assert started.end(60) == 129
+    assert (workplace / "runs" / "closed" / "checkpoints" / "3").exists()
+    must_end_as(whole, workplace, "closed")
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (("eval", "runs/whole"), "mc_jax.evaluation.perplexity:evaluate_held_out"),
+        (("generate", "runs/whole", "--prompt", "the sea"), "mc_jax.inference.generate:load_run"),
+        (("plan", "quickstart", "--chip", "cpu"), "mc_jax.planning.plan:must_fit"),
+        (
+            ("prepare", "text.txt", "--output", "made", "--tokenizer", "bytes"),
+            "mc_jax.data.prepare:write_json",
+        ),
+    ],
+    ids=lambda words: words[0] if isinstance(words, tuple) else "",
+)
+def test_ctrl_c_ends_a_command_with_one_line_and_leaves_nothing_half_written(workplace, whole, words, where):
+    before = sorted(workplace.rglob("*"))
+    started = run(workplace, *words, disturbance=Disturbance(where, (SIGINT,), hangs=True))
+    assert started.end(60) == 130
+    assert started.lines() == ["mc-jax: interrupted"]
+    assert [path for path in sorted(workplace.rglob("*")) if path not in before] == [started.output]
+
+
+@pytest.mark.parametrize("module", ["mc_jax._commands", "jax", "tensorstore"])
+def test_ctrl_c_while_modules_are_imported_ends_with_one_line(workplace, whole, module):
+    program = (
+        "import os, sys, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from mc_jax.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "eval", "runs/whole"],
+        cwd=workplace, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "mc-jax: interrupted\n")
