@@ -214,12 +214,6 @@ def stop_with(monkeypatch, error: BaseException):
     monkeypatch.setattr("mc_jax.training.loop.train", train)
 
 
-def test_ctrl_c_ends_with_one_line_and_exit_code_130(capsys, monkeypatch):
-    stop_with(monkeypatch, KeyboardInterrupt())
-    assert main(["train", "quickstart"]) == 130
-    assert capsys.readouterr().err == "mc-jax: interrupted\n"
-
-
 def test_a_full_disk_is_told_in_one_line(capsys, monkeypatch):
     stop_with(monkeypatch, OSError(28, "No space left on device", "runs/x"))
     assert mistake(capsys, "train", "quickstart") == "runs/x: No space left on device"
