@@ -17,8 +17,8 @@ SAVED_WHILE_SAVING = r"step (\d+) is saved; the same command goes on (from there
 EVALUATION = f"step {STEPS} is saved; the same command goes on with the evaluation"
 # From start to end, the function in which a signal comes, and what is said after "stopped by ".
 PHASES = [
-    (Disturbance("mc_jax.training.run:open_data", ()), BEFORE),
-    (Disturbance("mc_jax.training.run:write_settings", ()), BEFORE),
+    (Disturbance("mc_jax.training.run_folder:open_data", ()), BEFORE),
+    (Disturbance("mc_jax.training.run_folder:_make", ()), BEFORE),
     (Disturbance("mc_jax.training.step:token_losses", ()), BEFORE),  # while the first step is compiled
     (Disturbance("mc_jax.training.loop:on_mesh", (), entry=2), SAVED),
     (Disturbance(SAVING, ()), SAVED_WHILE_SAVING),
