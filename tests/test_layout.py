@@ -158,7 +158,7 @@ def test_the_packages_are_typed():
 
 def test_tests_mirror_the_packages():
     folders = {path.name for path in (ROOT / "mc_jax").iterdir() if path.is_dir()}
-    folders |= {"pallas_kernels", "experiments", "reference"}
+    folders |= {"pallas_kernels", "experiments", "reference", "faults"}
     stray = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - folders - {"__pycache__"}
     assert not stray, f"tests/{stray} mirror no package: move them to the folder of what they test"
 
