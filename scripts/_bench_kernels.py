@@ -31,28 +31,24 @@ import _layer_cases as layers  # noqa: E402
 
 BUDGETS = _ROOT / "pallas_kernels/budgets.json"
 _CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
-_TOKENS = 4096
 _LENGTHS = (4096, 32768, 131072)
 
 
-def bundles(chip: str, ops: list[str] | None = None) -> dict[str, float]:
-    """Return the bundles per token and head of kernels at their case's size: "op: kernel" -> bundles."""
+def bundles(chip: str, name: str) -> dict[str, float]:
+    """Return the bundles per token and head of an op's kernels at its case's size, by "op: kernel"."""
+    case = cases.CASES[name](cases.TOKENS)
+    function, shapes = case.whole("tpu")
     found = {}
-    for name in ops or cases.CASES:
-        make = cases.CASES[name]
-        case = make(_TOKENS)
-        function, shapes = case.whole("tpu")
-        cost = cost_of(chip, function, *shapes, donated=case.donated)
-        for kernel in cost.kernels:
-            key = f"{name}: {kernel.name}"
-            found[key] = found.get(key, 0.0) + kernel.calls * kernel.bundles / case.token_heads
+    for kernel in cost_of(chip, function, *shapes, donated=case.donated).kernels:
+        key = f"{name}: {kernel.name}"
+        found[key] = found.get(key, 0.0) + kernel.calls * kernel.bundles / case.token_heads
     return {key: round(value, 3) for key, value in found.items()}
 
 
 def record(chips: list[str], ops: list[str] | None) -> None:
     """Write the budgets that a test holds the kernels to; those of other chips, and other ops, stay."""
     for chip in chips:
-        found = bundles(chip, ops)
+        found = {key: value for name in ops or cases.CASES for key, value in bundles(chip, name).items()}
         budgets = json.loads(BUDGETS.read_text())
         stay = budgets.get(chip, {}) if ops else {}
         budgets[chip] = dict(sorted((stay | found).items()))
@@ -63,13 +59,13 @@ def record(chips: list[str], ops: list[str] | None) -> None:
 def print_ops(chips: list[str], ops: list[str] | None, *, xla: bool) -> None:
     """Print every op beside XLA's version of it and beside its bound."""
     for chip in chips:
-        print(f"\n{chip}: {_TOKENS:,} tokens, bfloat16; cycles in millions; bundles per token and head")
+        print(f"\n{chip}: {cases.TOKENS:,} tokens, bfloat16; cycles in millions; bundles per token and head")
         print(
             f"{'':<34}{'bundles':>9}{'streaming':>11}{'peak':>8}{'bound':>8}{'XLA':>9}{'XLA/ours':>10}"
             f"{'ours/bound':>12}"
         )
         for name in ops or cases.CASES:
-            case = cases.CASES[name](_TOKENS)
+            case = cases.CASES[name](cases.TOKENS)
             print_row(f"{name}, forward", case, case.forward, case.shapes, 1, chip, xla)
             if case.has_gradient:
                 print_row(f"{name}, and backward", case, case.both, (case.bars, *case.shapes), 3, chip, xla)
@@ -140,10 +136,13 @@ def main() -> None:
         metavar="TOKENS",
         help="print a layer's kernels beside splash attention at these lengths, and no other table",
     )
-    parser.add_argument("--bundles", choices=_CHIPS, help="print one chip's bundles as JSON, and no table")
+    parser.add_argument(
+        "--bundles", choices=_CHIPS, help="print one chip's bundles as JSON, a line an op, and no table"
+    )
     arguments = parser.parse_args()
     if arguments.bundles:
-        print(json.dumps(bundles(arguments.bundles, arguments.ops)))
+        for name in arguments.ops or cases.CASES:
+            print(json.dumps({"op": name, "bundles": bundles(arguments.bundles, name)}), flush=True)
     elif arguments.record:
         record(arguments.chips, arguments.ops)
     elif arguments.layers is not None:

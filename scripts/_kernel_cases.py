@@ -25,6 +25,8 @@ from pallas_kernels._state import OnlineState
 
 _HEADS, _DIM, _SEGMENT, _TOP_K = 16, 128, 256, 2
 _SLOTS = 64
+TOKENS = 4096
+"""Of a row, where nothing else is said."""
 _MLP_HEADS, _HIDDEN = 8, 512
 
 

@@ -6,6 +6,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from programs import MOST_UNRECORDED, Programs, write_record
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -37,3 +38,62 @@ def quick_tpu_compiler():
     jax.config.update("jax_optimization_level", "O0")
     yield
     jax.config.update("jax_optimization_level", level)
+
+
+SEEN = pytest.StashKey[dict[str, bool]]()
+"""Of each program for TPUs that a test has lowered, by name, whether it is on record (`programs`)."""
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("programs for TPUs that are not here")
+    group.addoption(
+        "--all", action="store_const", const="all", dest="programs", help="compile those on record, too"
+    )
+    group.addoption(
+        "--record", action="store_const", const="record", dest="programs", help="and no other tests"
+    )
+
+
+def pytest_configure(config):
+    config.stash[SEEN] = {}
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.programs == "record":
+        items[:] = [item for item in items if "programs" in item.fixturenames]
+
+
+@pytest.fixture
+def programs(request):
+    """Programs for TPUs that are not here, which are not compiled again if they are on record."""
+    return Programs(request.node.nodeid, request.config.option.programs, request.config.stash[SEEN])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    node.config.stash[SEEN].update(getattr(node, "workeroutput", {}).get("seen", {}))
+
+
+def _is_everything(config) -> bool:
+    return config.args_source.name == "TESTPATHS" and not (config.option.keyword or config.option.markexpr)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    config = session.config
+    seen = config.stash[SEEN]
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["seen"] = seen
+    elif config.option.programs == "record" and exitstatus == 0 and _is_everything(config):
+        write_record({}, only=seen)
+    elif not config.option.programs and list(seen.values()).count(False) > MOST_UNRECORDED:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    unrecorded = sorted(name for name, known in config.stash[SEEN].items() if not known)
+    if unrecorded and not config.option.programs:
+        most = f"; more than {MOST_UNRECORDED} fail the run" if len(unrecorded) > MOST_UNRECORDED else ""
+        terminalreporter.section(f"{len(unrecorded)} programs for TPUs were compiled{most}")
+        terminalreporter.line("Record them, it takes as long as this once more: scripts/record_programs")
+        for name in unrecorded:
+            terminalreporter.line(f"  {name}")

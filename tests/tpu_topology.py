@@ -2,7 +2,7 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import pytest
@@ -10,6 +10,10 @@ from jax.experimental import topologies
 from jax.sharding import AxisType
 
 from mc_jax._absent_tpu import quiet_libtpu
+from mc_jax.config import Config, validate
+from mc_jax.parallel import make_mesh
+from mc_jax.planning.plan import trace_step
+from mc_jax.planning.topology import read_topology
 
 quiet_libtpu()
 
@@ -24,16 +28,6 @@ TOPOLOGIES = {
 CHIPS = tuple(TOPOLOGIES)
 
 
-def in_turn(sizes: Sequence[tuple], first: int = 0) -> list[tuple]:
-    """For every chip a case (chip, *size), the sizes in turn: each compiles for seconds.
-
-    Args:
-      sizes: what the chips take turns at.
-      first: which of them the first chip has; tests that differ in it give every chip all sizes.
-    """
-    return [(chip, *sizes[(first + place) % len(sizes)]) for place, chip in enumerate(CHIPS)]
-
-
 @functools.cache
 def four(chip: str) -> list[jax.Device]:
     """Four chips side by side; skip the test where libtpu is not installed."""
@@ -42,12 +36,12 @@ def four(chip: str) -> list[jax.Device]:
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
 
 
-def compile_for(chip: str, function: Callable, *shapes, donate_argnums=()) -> jax.stages.Compiled:
-    """Compile a function for one TPU chip; skip the test where libtpu is not installed.
+def lower_for(chip: str, function: Callable, *shapes, donate_argnums=()) -> jax.stages.Lowered:
+    """Lower a function for one TPU chip, and compile nothing; skip the test where libtpu is not installed.
 
     Args:
       chip: one of `CHIPS`.
-      function: what is compiled.
+      function: what is lowered.
       *shapes: its arguments, trees of `jax.ShapeDtypeStruct`.
       donate_argnums: which of them it may overwrite.
     """
@@ -57,4 +51,14 @@ def compile_for(chip: str, function: Callable, *shapes, donate_argnums=()) -> ja
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
     )
     with jax.set_mesh(mesh):
-        return jax.jit(function, donate_argnums=donate_argnums).lower(*described).compile()
+        return jax.jit(function, donate_argnums=donate_argnums).lower(*described)
+
+
+def lowered_step(config: Config, topology: str, slices: int = 1, *, vocabulary: int) -> jax.stages.Lowered:
+    """The training step as `plan` compiles it; skip the test where libtpu is not installed."""
+    four("v5e")
+    validate(config)
+    mesh = make_mesh(config.mesh, read_topology(topology, slices).devices())
+    with jax.set_mesh(mesh):
+        traced, *_ = trace_step(config, vocabulary)
+        return traced.lower()

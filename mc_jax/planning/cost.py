@@ -111,24 +111,34 @@ def cost_of(
       donated: which arguments the function may overwrite.
     """
     forget_schedules()
+    traced, lowered = lower_anyhow(chip, function, *shapes, donated=donated)
+    compiled = lowered.compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
+    found = tuple(operations(text))
+    return Cost(
+        chip=CHIPS[chip],
+        operations=tuple(operation for operation in found if not operation.is_kernel),
+        kernels=kernels_of(found, counts_of(kernel_works(traced.jaxpr.jaxpr))),
+        temporary=memory.temp_size_in_bytes,
+    )
+
+
+def lower_anyhow(
+    chip: str, function: Callable, *shapes, donated: tuple[int, ...] = ()
+) -> tuple[jax.stages.Traced, jax.stages.Lowered]:
+    """Trace and lower a function for one chip, its arguments and results in layouts that the compiler picks.
+
+    Args: as of `cost_of`.
+    """
     described = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
     mesh = jax.sharding.Mesh(described.devices[:1], "chip", axis_types=(AxisType.Auto,))
     anyhow = Format(Layout.AUTO, jax.NamedSharding(mesh, jax.P()))
     with jax.set_mesh(mesh):
         jitted = jax.jit(function, in_shardings=anyhow, out_shardings=anyhow, donate_argnums=donated)
         traced = jitted.trace(*shapes)
-        compiled = traced.lower().compile()
-        text, memory = compiled.as_text(), compiled.memory_analysis()
-        assert text is not None
-        assert memory is not None
-        found = tuple(operations(text))
-        kernels = kernels_of(found, counts_of(kernel_works(traced.jaxpr.jaxpr)))
-    return Cost(
-        chip=CHIPS[chip],
-        operations=tuple(operation for operation in found if not operation.is_kernel),
-        kernels=kernels,
-        temporary=memory.temp_size_in_bytes,
-    )
+        return traced, traced.lower()
 
 
 def forget_schedules() -> None:

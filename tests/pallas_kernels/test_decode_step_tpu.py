@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from decode_arguments import RULES, arguments, narrow
 from jax.experimental.pallas import tpu as pltpu
-from tpu_topology import CHIPS, compile_for
+from tpu_topology import CHIPS, lower_for
 
 from pallas_kernels import decode_step
 from pallas_kernels.decode_step import tpu
@@ -63,7 +63,7 @@ def test_a_finished_state_takes_its_slot_alone_and_after_the_read():
     np.testing.assert_array_equal(states, expected)
 
 
-def _compiled(chip, rule, heads, dim, stored, implementation="tpu"):
+def _lowered(chip, rule, heads, dim, stored, implementation="tpu"):
     def made():
         found = arguments(rule, batch=2, slots=8, heads=heads, key_dim=dim, value_dim=dim)
         found.pop("rule")
@@ -75,28 +75,30 @@ def _compiled(chip, rule, heads, dim, stored, implementation="tpu"):
     def run(kept, found):
         return decode_step(**kept, **found, rule=rule, implementation=implementation)
 
-    return compile_for(chip, run, kept, found, donate_argnums=0), kept
+    return lower_for(chip, run, kept, found, donate_argnums=0), kept
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(("heads", "dim"), [(16, 96), (16, 128), (8, 256)])
-def test_it_compiles_and_copies_no_state(chip, heads, dim):
-    compiled, kept = _compiled(chip, "titans", heads, dim, jnp.bfloat16)
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
-    used = compiled.memory_analysis()
-    assert used.alias_size_in_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
-    assert used.temp_size_in_bytes < 2 * heads * dim * dim, "one state of all heads would be more"
+def test_it_compiles_and_copies_no_state(programs, chip, heads, dim):
+    lowered, kept = _lowered(chip, "titans", heads, dim, jnp.bfloat16)
+    found = programs.compiled(lowered)
+    assert found["kernels"] == {"decode_step": 1}
+    used = found["bytes"]
+    assert used["alias"] >= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    assert used["temp"] < 2 * heads * dim * dim, "one state of all heads would be more"
 
 
 @pytest.mark.parametrize("rule", ["linear", "swla", "delta"])
-def test_other_rules_compile_with_float32_states_where_memory_is_least(rule):
-    _compiled("v4", rule, 4, 256, jnp.float32)
+def test_other_rules_compile_with_float32_states_where_memory_is_least(programs, rule):
+    lowered, _ = _lowered("v4", rule, 4, 256, jnp.float32)
+    assert programs.compiled(lowered)["kernels"] == {"decode_step": 1}
 
 
-def test_the_default_is_the_kernel_on_a_tpu_and_not_elsewhere():
-    compiled, kept = _compiled("v5e", "linear", 2, 64, jnp.float32, None)
-    assert "tpu_custom_call" in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes < kept["states"].size
+def test_the_default_is_the_kernel_on_a_tpu_and_not_elsewhere(programs):
+    lowered, kept = _lowered("v5e", "linear", 2, 64, jnp.float32, None)
+    assert "tpu_custom_call" in lowered.as_text()
+    assert programs.compiled(lowered)["bytes"]["temp"] < kept["states"].size
     found = arguments("linear")
     run = functools.partial(decode_step, rule=found.pop("rule"))
-    assert "tpu_custom_call" not in jax.jit(lambda found: run(**found)).lower(found).compile().as_text()
+    assert "tpu_custom_call" not in jax.jit(lambda found: run(**found)).lower(found).as_text()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from tpu_topology import compile_for, in_turn
+from tpu_topology import CHIPS, lower_for
 
 from pallas_kernels import gated_state_read
 from pallas_kernels.state_read import _tpu_matrix, _tpu_mlp, _tpu_tiling
@@ -182,19 +182,18 @@ def _gradients(implementation, segment_length=256):
 
 # For the other chips this size compiles in test_budgets.
 @pytest.mark.parametrize("hidden", [None, 512], ids=["matrix", "mlp"])
-def test_forward_and_backward_compile(hidden):
-    compiled = compile_for("v4", _gradients("tpu"), *_described(128, hidden=hidden))
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+def test_forward_and_backward_compile(programs, hidden):
+    found = programs.compiled_for("v4", _gradients("tpu"), *_described(128, hidden=hidden))
+    assert sum(found["kernels"].values()) == 2
 
 
-# At the sizes of 760M and 1.3B: both kinds of memory for every chip, every kind and every chip at both.
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("chip", "dim", "hidden"),
-    [*in_turn([(96, None), (256, None)]), *in_turn([(256, 1024), (96, 384)])],
-)
-def test_forward_and_backward_compile_at_the_recipes_sizes(chip, dim, hidden):
-    compile_for(chip, _gradients("tpu"), *_described(dim, hidden=hidden, length=4096))
+# At the sizes of 760M and 1.3B.
+@pytest.mark.parametrize(("dim", "hidden"), [(96, None), (256, None), (96, 384), (256, 1024)])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_forward_and_backward_compile_at_the_recipes_sizes(programs, chip, dim, hidden):
+    described = _described(dim, hidden=hidden, length=4096)
+    found = programs.compiled_for(chip, _gradients("tpu"), *described)
+    assert sum(found["kernels"].values()) == 2
 
 
 @pytest.mark.parametrize(
@@ -202,12 +201,14 @@ def test_forward_and_backward_compile_at_the_recipes_sizes(chip, dim, hidden):
     [(64, jnp.float32), (96, jnp.bfloat16), (256, jnp.bfloat16), (256, jnp.float32)],
     ids=["64-float32", "96-bfloat16", "256-bfloat16", "256-float32"],
 )
-def test_other_head_sizes_and_odd_lengths_compile_where_memory_is_least(dim, dtype):
+def test_other_head_sizes_and_odd_lengths_compile_where_memory_is_least(programs, dim, dtype):
     for hidden in (None, 2 * dim):
-        compile_for("v4", _gradients("tpu"), *_described(dim, dtype=dtype, hidden=hidden, length=777))
+        described = _described(dim, dtype=dtype, hidden=hidden, length=777)
+        found = programs.compiled_for("v4", _gradients("tpu"), *described)
+        assert sum(found["kernels"].values()) == 2
 
 
 def test_the_default_is_the_kernel_on_a_tpu_and_not_elsewhere():
     described = _described(64)
-    assert "tpu_custom_call" in compile_for("v5e", _gradients(None), *described).as_text()
-    assert "tpu_custom_call" not in jax.jit(_gradients(None)).lower(*described).compile().as_text()
+    assert "tpu_custom_call" in lower_for("v5e", _gradients(None), *described).as_text()
+    assert "tpu_custom_call" not in jax.jit(_gradients(None)).lower(*described).as_text()

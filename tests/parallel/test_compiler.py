@@ -10,11 +10,12 @@ from jax.experimental import topologies
 from tpu_topology import CHIPS, four
 
 from mc_jax.parallel.compiler import compiler_options
-from mc_jax.planning.program import Operation, operations
+from mc_jax.planning import _sendings, program
+from mc_jax.planning.program import operations
 
 
-def gathers(devices: Sequence[jax.Device]) -> list[Operation]:
-    """What eight layers of two maps send, whose weights are divided among the devices."""
+def lowered_for(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+    """Eight layers of two maps, whose weights are divided among the devices."""
     mesh = jax.sharding.Mesh(np.array(devices), "fsdp")
     whole = jax.NamedSharding(mesh, jax.P())
 
@@ -33,8 +34,18 @@ def gathers(devices: Sequence[jax.Device]) -> list[Operation]:
         layers = jax.jit(
             lambda x, weights: jax.lax.scan(layer, x, weights)[0], compiler_options=compiler_options()
         )
-        text = layers.lower(x, weights).compile().as_text()
-    return [one for one in operations(text) if one.collective and one.times == 8]
+        return layers.lower(x, weights)
+
+
+def gathers(programs, devices: Sequence[jax.Device]) -> list[list]:
+    """What a layer sends, and whether the chip computes meanwhile."""
+    lowered = lowered_for(devices)
+
+    def sent():
+        found = operations(lowered.compile().as_text())
+        return [[str(one.collective), one.overlaps] for one in found if one.collective and one.times == 8]
+
+    return programs.compiled(lowered, sent, [program, _sendings])
 
 
 def test_no_option_is_for_what_is_no_tpu():
@@ -42,16 +53,18 @@ def test_no_option_is_for_what_is_no_tpu():
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_weights_are_gathered_while_a_chip_computes_if_it_can(chip):
-    found = gathers(four(chip))
+def test_weights_are_gathered_while_a_chip_computes_if_it_can(programs, chip):
+    found = gathers(programs, four(chip))
     assert found
     if chip in ("v5p", "v6e", "tpu7x"):
-        assert all(one.overlaps for one in found), "libtpu's options for SparseCores have another effect now"
+        assert all(overlaps for _, overlaps in found), (
+            "libtpu's options for SparseCores have another effect now"
+        )
 
 
-def test_on_many_chips_weights_are_gathered_and_not_summed():
+def test_on_many_chips_weights_are_gathered_and_not_summed(programs):
     four("v5e")
-    found = gathers(topologies.get_topology_desc(platform="tpu", topology_name="v5e:8x8").devices)
+    found = gathers(programs, topologies.get_topology_desc(platform="tpu", topology_name="v5e:8x8").devices)
     assert found
-    for one in found:
-        assert " all-gather(" in str(one.collective), "libtpu gathers by summing zeros: twice the bytes"
+    for line, _ in found:
+        assert " all-gather(" in line, "libtpu gathers by summing zeros: twice the bytes"

@@ -94,7 +94,7 @@ def test_a_mesh_changes_no_number(monkeypatch, mesh, vocabulary):
     must_agree(found, expected, 1e-6)
 
 
-def compiled_for_tpus(sizes: MeshConfig, rows: int, tokens: int, vocabulary: int, dim: int):
+def lowered_for_tpus(sizes: MeshConfig, rows: int, tokens: int, vocabulary: int, dim: int):
     mesh = make_mesh(sizes, four("v5e"))
     with jax.set_mesh(mesh):
 
@@ -108,17 +108,26 @@ def compiled_for_tpus(sizes: MeshConfig, rows: int, tokens: int, vocabulary: int
         def loss(x, output_map, targets):
             return jnp.sum(cross_entropy(x, output_map, targets))
 
-        return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, output_map, targets).compile()
+        return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, output_map, targets)
 
 
 @pytest.mark.parametrize("sizes", [MeshConfig(), MeshConfig(tensor=2)], ids=["fsdp 4", "fsdp 2, tensor 2"])
-def test_tpus_hold_a_chunk_of_logits_and_send_none(sizes):
+def test_tpus_hold_a_chunk_of_logits_and_send_none(programs, sizes):
     rows, tokens, vocabulary, dim = 16, 4096, 32_768, 256
-    compiled = compiled_for_tpus(sizes, rows, tokens, vocabulary, dim)
+    lowered = lowered_for_tpus(sizes, rows, tokens, vocabulary, dim)
+
+    def found():
+        compiled = lowered.compile()
+        gathers = [line for line in compiled.as_text().splitlines() if "all-gather" in line.partition("(")[0]]
+        return {
+            "temp": compiled.memory_analysis().temp_size_in_bytes,
+            "gathers": [line.strip().partition(" all-gather")[0] for line in gathers],
+        }
+
+    facts = programs.compiled(lowered, found)
     logits = 4 * rows * tokens * vocabulary // 4
-    held = compiled.memory_analysis().temp_size_in_bytes
+    held, gathers = facts["temp"], facts["gathers"]
     assert held < logits / 3, f"{held / 2**20:.0f} MiB beside {logits / 2**20:.0f} of all logits of a device"
-    gathers = [line for line in compiled.as_text().splitlines() if "all-gather" in line.partition("(")[0]]
     assert gathers, "the output map is divided among devices: they must gather it"
     for words in {vocabulary, vocabulary // sizes.tensor}:
         assert not [line for line in gathers if f",{words}]" in line], "logits are gathered"

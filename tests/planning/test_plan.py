@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from tpu_topology import CHIPS as NAMES
-from tpu_topology import compile_for, four
+from tpu_topology import four, lower_for
 
 from mc_jax.cli import main
 from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
@@ -177,7 +177,7 @@ def test_a_step_that_does_not_fit_is_told_so():
 def test_a_large_product_costs_what_one_counts_and_reaches_most_of_the_peak():
     size = 4096
     x = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
-    found = list(operations(compile_for("v5e", jnp.matmul, x, x).as_text()))
+    found = list(operations(lower_for("v5e", jnp.matmul, x, x).compile().as_text()))
     assert sum(one.products for one in found) == 2 * size**3
     share = 2 * size**3 / CHIPS["v5e"].flops_per_cycle / sum(one.cycles for one in found)
     assert 0.85 < share < 1.0, f"the compiler's estimate of a large product is at {share:.2f} of the peak"
@@ -186,5 +186,5 @@ def test_a_large_product_costs_what_one_counts_and_reaches_most_of_the_peak():
 def test_products_of_many_pairs_of_matrices_are_counted_once_each():
     x = jax.ShapeDtypeStruct((16, 256, 128), jnp.bfloat16)
     y = jax.ShapeDtypeStruct((16, 128, 384), jnp.bfloat16)
-    found = operations(compile_for("v5e", jnp.matmul, x, y).as_text())
+    found = operations(lower_for("v5e", jnp.matmul, x, y).compile().as_text())
     assert sum(one.products for one in found) == 2 * 16 * 256 * 128 * 384

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
-from tpu_topology import compile_for
+from tpu_topology import lower_for
 
 from mc_jax.planning.program import operations
 from pallas_kernels._expected import SELDOM
@@ -20,7 +20,7 @@ def _layers(x, weights):
 def test_what_is_in_a_loop_runs_as_often_as_the_loop():
     x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
     weights = jax.ShapeDtypeStruct((24, 512, 512), jnp.bfloat16)
-    found = list(operations(compile_for("v5e", _layers, x, weights).as_text()))
+    found = list(operations(lower_for("v5e", _layers, x, weights).compile().as_text()))
     product = next(operation for operation in found if "dot_general" in operation.source)
     assert product.times == 24
     assert not product.is_kernel
@@ -38,7 +38,7 @@ def test_a_branch_that_is_said_to_run_seldom_does_not_count():
         return jax.lax.cond(jnp.sum(x) > 0, jnp.sin, seldom, x)
 
     x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
-    found = list(operations(compile_for("v5e", run, x).as_text()))
+    found = list(operations(lower_for("v5e", run, x).compile().as_text()))
     assert any("sin" in operation.source for operation in found)
     assert not any(operation.products for operation in found)
 
@@ -90,5 +90,5 @@ def test_kernels_are_told_from_xlas_operations():
         return jax.lax.scan(lambda x, _: (double(x), None), x, None, length=7)[0]
 
     x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
-    found = [one for one in operations(compile_for("v5e", scan, x).as_text()) if one.is_kernel]
+    found = [one for one in operations(lower_for("v5e", scan, x).compile().as_text()) if one.is_kernel]
     assert [(one.name.partition(".")[0], one.times, one.cycles) for one in found] == [("double", 7, 0)]
