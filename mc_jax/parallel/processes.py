@@ -140,11 +140,29 @@ def must_agree(what: str, value: str) -> None:
         )
 
 
+def told_by_first(text: str) -> str:
+    """Process 0's text, in all of them."""
+    return text if jax.process_count() == 1 else _from_first(text.encode()).decode(errors="replace")
+
+
+def first_of_all(text: str) -> str:
+    """Of the texts of all processes, in their order, the first that is not empty; the same in all."""
+    if jax.process_count() == 1:
+        return text
+    texts = np.asarray(multihost_utils.process_allgather(_padded(text.encode())), np.uint8)
+    return next((told for row in texts if (told := row.tobytes().rstrip(b"\0").decode(errors="replace"))), "")
+
+
 def _from_first(text: bytes) -> bytes:
     """A text of process 0, in all."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(_padded(text)), np.uint8).tobytes().rstrip(b"\0")
+
+
+def _padded(text: bytes) -> np.ndarray:
+    text = text[:_LONGEST_MESSAGE]
     padded = np.zeros(_LONGEST_MESSAGE, np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)[:_LONGEST_MESSAGE]
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes().rstrip(b"\0")
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    return padded
 
 
 def _place(coordinator: str | None, count: int | None, index: int | None, patience: float) -> _Place | None:

@@ -59,11 +59,11 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
         graph, like = run.abstract_state(config, dataset.tokenizer.vocab_size)
         step_fn = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(like.parameters))
-        start = checkpoints.latest() or 0
-        if start:
-            state = checkpoints.load(start, like)
+        loaded = checkpoints.restore(like)
+        if loaded is not None:
+            start, state = loaded.step, loaded.state
         else:
-            _, state = run.new_state(config, dataset.tokenizer.vocab_size)
+            start, (_, state) = 0, run.new_state(config, dataset.tokenizer.vocab_size)
         start_row = folder.begin(start)
         title = f"{run_dir.name}: {parameters / 1e6:.2f} M parameters, {len(dataset.train)} documents"
         title += f", {mesh.size} devices" if mesh.size > 1 else ""
@@ -109,10 +109,10 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
                 if log is not None and progress is not None:
                     log.write(line)
                     progress.update(line)
-                if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss of step {step} is {loss}; lower training.learning_rate and start again"
-                    )
+                for name, value in (("loss", loss), ("norm of the gradient", grad_norm)):
+                    if not math.isfinite(value):
+                        raise checkpoints.diverged(f"the {name} of step {step} is {value}")
+                checkpoints.confirm(step)
 
             pending = None
             for step in range(start + 1, settings.steps + 1):
@@ -127,7 +127,7 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
                     record(*pending)
                 pending = step, rate, metrics
                 is_last = stops_at(step) or step == settings.steps
-                checkpoints.save(step, state, force=is_last)
+                checkpoints.save(step, state, metrics, force=is_last)
                 if is_last:
                     break
             if pending is not None:

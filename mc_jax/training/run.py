@@ -15,7 +15,7 @@ from mc_jax.data.dataset import Dataset, open_data
 from mc_jax.nn import LanguageModel
 from mc_jax.parallel import has_mesh
 from mc_jax.parallel.parameters import shardings
-from mc_jax.training.checkpoint import Checkpoints
+from mc_jax.training.checkpoint import load_newest
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.step import TrainState, init_state, merge_model, split_model
 from pallas_kernels._platform import platform
@@ -106,10 +106,8 @@ def load_run(run_dir: epath.PathLike) -> Run:
         )
     config = read_config(folder)
     dataset = open_data(config.data, folder / TOKENIZER_FILE)
-    with Checkpoints(folder) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise ValueError(f"{folder} has no complete checkpoint yet; go on with mc-jax train")
-        graph, state = new_state(config, dataset.tokenizer.vocab_size)
-        state = checkpoints.load(step, state)
-    return Run(folder, config, dataset, merge_model(graph, state.parameters), step)
+    graph, state = new_state(config, dataset.tokenizer.vocab_size)
+    loaded = load_newest(folder, state)
+    if loaded is None:
+        raise ValueError(f"{folder} has no complete checkpoint yet; go on with mc-jax train")
+    return Run(folder, config, dataset, merge_model(graph, loaded.state.parameters), loaded.step)

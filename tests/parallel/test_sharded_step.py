@@ -160,9 +160,14 @@ def losses(
         checkpoints = stack.enter_context(Checkpoints(folder)) if folder else None
         if checkpoints and start:
             graph, like = abstract_state(config, VOCABULARY)
-            state = checkpoints.load(start, like)
+            loaded = checkpoints.restore(like)
+            assert loaded is not None
+            assert loaded.step == start
+            state = loaded.state
         else:
             graph, state = new_state(config, VOCABULARY)
+            if checkpoints:
+                assert checkpoints.restore(state) is None
         step = make_step(graph, make_optimizer(config.training), config.training.accumulation)
         found = []
         for count in range(start, start + steps):
@@ -170,7 +175,7 @@ def losses(
             state, metrics = step(state, on_mesh(batch_of(count, config.data.context_length), ROWS), rate)
             found.append(float(metrics["loss"]))
             if checkpoints and count + 1 == save:
-                checkpoints.save(save, state, force=True)
+                checkpoints.save(save, state, metrics)
         assert step._cache_size() == 1, "the state comes out laid out otherwise than it went in"
     return found
 

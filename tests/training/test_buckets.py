@@ -79,7 +79,5 @@ def test_a_resumed_run_in_a_bucket_has_one_line_a_step(bucket, monkeypatch):
 )
 def test_checkpoints_go_to_the_run_s_folder(monkeypatch, tmp_path, run, folder):
     monkeypatch.chdir(tmp_path)
-    asked = []
-    monkeypatch.setattr(checkpoint.ocp.training, "Checkpointer", lambda path, **_: asked.append(str(path)))
-    checkpoint.Checkpoints(epath.Path(run))
-    assert asked == [folder.format(here=tmp_path.resolve())]
+    with checkpoint.Checkpoints(epath.Path(run)) as checkpoints:
+        assert str(checkpoints.folder) == folder.format(here=tmp_path.resolve())

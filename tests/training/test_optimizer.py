@@ -10,7 +10,7 @@ from etils import epath
 
 from mc_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from mc_jax.parallel import make_mesh
-from mc_jax.training.checkpoint import Checkpoints
+from mc_jax.training.checkpoint import Checkpoints, load_newest
 from mc_jax.training.optimizer import learning_rate, make_optimizer
 from mc_jax.training.run import abstract_state, new_state
 from mc_jax.training.step import make_step
@@ -91,13 +91,17 @@ def test_muon_makes_each_layers_wide_maps_orthogonal_and_leaves_the_rest_to_adam
 
 
 def test_muons_state_is_divided_as_its_parameters_and_survives_a_checkpoint(tmp_path):
-    with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))), Checkpoints(epath.Path(tmp_path)) as saved:
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):
         _, state = new_state(CONFIG, VOCABULARY)
         muon = state.optimizer[1].inner_states["muon"].inner_state[0]
         kernel = muon.mu["blocks_0"]["mlp"]["gate"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (2, 16 // 4, 24 // 2)
-        saved.save(1, state, force=True)
-        read = saved.load(1, abstract_state(CONFIG, VOCABULARY)[1])
+        with Checkpoints(epath.Path(tmp_path)) as checkpoints:
+            checkpoints.restore(state)
+            checkpoints.save(1, state, {"loss": jnp.float32(1.0)})
+        loaded = load_newest(epath.Path(tmp_path), abstract_state(CONFIG, VOCABULARY)[1])
+    assert loaded is not None
+    read = loaded.state
     assert jax.tree.structure(read) == jax.tree.structure(state)
     for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(one, other)

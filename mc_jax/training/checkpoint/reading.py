@@ -1,0 +1,172 @@
+"""Reading the newest whole checkpoint of a run. Nothing is written: a training may be under way."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from mc_jax.parallel.processes import first_of_all, told_by_first
+from mc_jax.training._buckets import absolute
+from mc_jax.training.checkpoint.digest import DamagedError, read_digests, verify
+from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, Kind, kind_of, steps_in
+from mc_jax.training.step import TrainState
+
+STATE = "state"
+"""The name that Orbax knows the saved tree by."""
+
+type Seal = Mapping[str, str] | None
+"""What a run was made of, as `Checkpoints` was told; None: the checkpoint is older than seals."""
+
+type MustFit = Callable[[int, Seal], None]
+"""Raises a ValueError if a checkpoint of this step and seal is not to be loaded."""
+
+# Within it a reader is lucky once, however fast a training replaces its checkpoints.
+_SECONDS_OF_PATIENCE = 60.0
+
+
+class Loaded(NamedTuple):
+    """A checkpoint that was read."""
+
+    step: int
+    state: TrainState
+    seal: Seal
+
+
+class _Found(NamedTuple):
+    """The newest step that may be whole."""
+
+    step: int
+    kind: Kind
+    unfinished: list[int]
+    """Newer ones."""
+
+
+def load_newest(run_dir: epath.Path, like: TrainState, must_fit: MustFit | None = None) -> Loaded | None:
+    """Read the newest checkpoint that is whole; a line on stderr names newer ones, and why they are no use.
+
+    Several processes must all call it; each checks a share of the files.
+
+    Args:
+      run_dir: the run's folder.
+      like: arrays, or their shapes, with structure, dtypes and shardings of the state.
+      must_fit: looks at step and seal before the state is loaded.
+
+    Returns:
+      None where no checkpoint was ever finished.
+
+    Raises:
+      ValueError: there are checkpoints, and none is whole; or the newest one is of another model.
+    """
+    folder = absolute(run_dir / CHECKPOINTS_FOLDER)
+    damaged: dict[int, str] = {}
+    deadline = time.monotonic() + _SECONDS_OF_PATIENCE
+    while (found := _newest(folder, damaged)) is not None:
+        try:
+            loaded = _load(folder, found, like, must_fit)
+        except DamagedError as damage:
+            if told_by_first("here" if _is_here(folder, found) else "gone") == "here":
+                damaged[found.step] = str(damage)
+            elif time.monotonic() > deadline:
+                raise ValueError(
+                    f"{folder}: each checkpoint was deleted while it was read; set "
+                    "--training.keep-checkpoints or --training.checkpoint-every of the training higher"
+                ) from damage
+            continue
+        _tell(folder, found, damaged)
+        return loaded
+    if damaged:
+        raise ValueError(
+            f"{folder} has no whole checkpoint: {_listed(damaged)}; put a copy back, or --overwrite the run"
+        )
+    return None
+
+
+def read_seal(folder: epath.Path, step: int) -> Seal:
+    """What the run of a checkpoint was made of.
+
+    Raises:
+      DamagedError: the digest is not what was written.
+    """
+    try:
+        return read_digests(folder / str(step))[0].seal
+    except FileNotFoundError:
+        return None
+
+
+def _newest(folder: epath.Path, damaged: dict[int, str]) -> _Found | None:
+    """The newest step that may be whole, as process 0 sees it."""
+    found = None
+    while jax.process_index() == 0 and found is None:
+        unfinished = []
+        steps = steps_in(folder)
+        for step in sorted(set(steps) - set(damaged), reverse=True):
+            kind = kind_of(folder, step)
+            if kind is not Kind.UNFINISHED:
+                found = _Found(step, kind, unfinished)
+                break
+            unfinished.append(step)
+        # A training may have finished a newer one, and deleted this one, meanwhile.
+        if steps_in(folder) == steps:
+            break
+    told = json.loads(told_by_first(json.dumps(found and [found.step, found.kind.value, found.unfinished])))
+    return told and _Found(told[0], Kind(told[1]), told[2])
+
+
+def _is_here(folder: epath.Path, found: _Found) -> bool:
+    """Whether a step is there as it was found."""
+    return (folder / str(found.step)).exists() and kind_of(folder, found.step) is found.kind
+
+
+def _load(folder: epath.Path, found: _Found, like: TrainState, must_fit: MustFit | None) -> Loaded:
+    step_folder = folder / str(found.step)
+    seal, problem = None, ""
+    if found.kind is Kind.SAVED:
+        try:
+            digests = read_digests(step_folder)
+            seal = digests[0].seal
+            verify(step_folder, digests, share=jax.process_index(), shares=jax.process_count())
+        except DamagedError as damage:
+            problem = str(damage)
+        except FileNotFoundError:
+            problem = "a digest is gone"
+        problem = first_of_all(problem)
+    if problem:
+        raise DamagedError(problem)
+    if must_fit is not None:
+        must_fit(found.step, seal)
+    abstract: Any = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
+    )
+    try:
+        tree: Any = ocp.load(step_folder, abstract, checkpointable_name=STATE)
+    except jax.errors.JaxRuntimeError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise of all kinds
+        reason = " ".join(f"{error}".split())[:200]
+        # Of several processes all would have to go on alike.
+        if jax.process_count() == 1 and (found.kind is Kind.OLD or not _is_here(folder, found)):
+            raise DamagedError(f"Orbax cannot read it: {reason}") from error
+        raise ValueError(
+            f"{step_folder} is whole, but not of the model that config.json and this code make ({reason})"
+        ) from error
+    return Loaded(found.step, TrainState(**tree), seal)
+
+
+def _tell(folder: epath.Path, found: _Found, damaged: dict[int, str]) -> None:
+    lines = []
+    if damaged or found.unfinished:
+        why = dict.fromkeys(found.unfinished, "it has no digest: it is being written, or was cut off")
+        lines.append(f"{folder}: {_listed(damaged | why)}; step {found.step} is used")
+    if found.kind is Kind.OLD:
+        lines.append(f"{folder}: step {found.step} has no digest, being older, so damage would not be seen")
+    for line in lines if jax.process_index() == 0 else ():
+        print(f"mc-jax: {line}", file=sys.stderr)
+
+
+def _listed(useless: dict[int, str]) -> str:
+    return ", ".join(f"step {step} is no use ({reason})" for step, reason in sorted(useless.items()))

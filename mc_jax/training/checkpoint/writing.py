@@ -1,0 +1,230 @@
+"""Saving beside the training: what is finite counts, once it is on the disk with its digest."""
+
+import collections
+import contextlib
+import errno
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from mc_jax.parallel.processes import first_decides
+from mc_jax.training._buckets import absolute
+from mc_jax.training.checkpoint.digest import Digest, hash_own_files, write_digest
+from mc_jax.training.checkpoint.folder import (
+    CHECKPOINTS_FOLDER,
+    WITH_DIGEST,
+    clear_after,
+    delete_but_newest,
+    delete_unfinished,
+)
+from mc_jax.training.checkpoint.reading import STATE, Loaded, MustFit, Seal, load_newest, read_seal
+from mc_jax.training.step import TrainState
+
+# What TensorStore says of a disk, in the text of a ValueError.
+_OF_THE_DISK = {"No space left": errno.ENOSPC, "Disk quota": errno.EDQUOT, "[OS error": errno.EIO}
+
+
+class _Held(NamedTuple):
+    """A saved step that does not count yet."""
+
+    step: int
+    digest: Future[Digest | None]
+    """None: not all of it is finite."""
+
+
+class Checkpoints:
+    """The checkpoints that a training writes; a context manager that waits for the last one.
+
+    A saved step is held back until `confirm` tells that the next one's loss was finite, for that was computed
+    from what was saved; a training's last step needs its own alone. All numbers saved must be finite as well,
+    which the device checks. Only then is its digest written, which makes it count, and an older one deleted.
+
+    Of several processes each writes and hashes what its devices hold, and all must make the same calls.
+    Nobody else may train in the folder.
+    """
+
+    def __init__(self, run_dir: epath.Path, *, every: int = 1, keep: int | None = None, seal: Seal = None):
+        """Open the checkpoints of a run; nothing is made before `restore`, which comes first.
+
+        Args:
+          run_dir: the run's folder.
+          every: steps between saves.
+          keep: how many of the newest stay; None: all.
+          seal: what the run is made of, to be kept beside each checkpoint.
+        """
+        self._run_dir = run_dir
+        self.folder = absolute(run_dir / CHECKPOINTS_FOLDER)  # Orbax wants it so
+        self._every, self._keep, self._seal = every, keep, seal
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._writing: _Held | None = None
+        self._held: collections.deque[_Held] = collections.deque()
+        self._counting: collections.deque[Future[None]] = collections.deque()
+        self._newest: int | None = None  # that counts
+        self._is_open = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            if error is None:
+                self._finish_writing()
+                self._count_held()
+                if self._is_open and jax.process_count() > 1:
+                    multihost_utils.sync_global_devices("all digests are written")
+                    self._delete_older()
+            else:
+                # What was saved before the error is good, unless its numbers are the error.
+                if isinstance(error, FloatingPointError):
+                    self._held.clear()
+                with contextlib.suppress(Exception):
+                    self._count_held()
+        finally:
+            self._worker.shutdown()
+            # Another process may still write its digest.
+            if self._is_open and jax.process_count() == 1:
+                with contextlib.suppress(OSError):
+                    delete_unfinished(self.folder)
+
+    def restore(self, like: TrainState, must_fit: MustFit | None = None) -> Loaded | None:
+        """Read the newest whole checkpoint, and clear away what a kill or damage has left of newer ones.
+
+        The arguments, and errors, are those of `load_newest`.
+        """
+        loaded = load_newest(self._run_dir, like, must_fit)
+        start = 0 if loaded is None else loaded.step
+        first_decides(lambda: clear_after(self.folder, start))
+        self._newest = start or None
+        self._is_open = True
+        return loaded
+
+    def save(
+        self, step: int, state: TrainState, metrics: dict[str, jax.Array], *, force: bool = False
+    ) -> None:
+        """Begin to save if `step` is one of those that are kept, or if it must be.
+
+        Args:
+          step: the finished steps.
+          state: the training state after them.
+          metrics: "loss" and whatever else of the step must be finite.
+          force: save, whatever the step.
+
+        Raises:
+          FloatingPointError: what was saved last is not finite.
+          OSError: it could not be written.
+        """
+        if step % self._every and not force:
+            return
+        assert self._is_open, "restore first"
+        self._finish_writing()
+        is_finite = _is_finite((state, metrics))
+        tree: Any = state._asdict()
+        try:
+            response = ocp.save_async(
+                self.folder / str(step), tree, checkpointable_name=STATE, custom_metadata=WITH_DIGEST
+            )
+        except (ValueError, OSError) as error:
+            raise self._of_the_disk(step, error) from error
+        job = self._worker.submit(self._write_down, step, response, is_finite, metrics["loss"])
+        self._writing = _Held(step, job)
+        self._held.append(self._writing)
+
+    def confirm(self, step: int) -> None:
+        """Tell that loss and gradient of `step` were finite: what was saved before it counts.
+
+        Raises:
+          OSError: an earlier step could not be made to count.
+        """
+        while self._held and self._held[0].step < step:
+            self._count(self._held.popleft())
+        while self._counting and self._counting[0].done():
+            self._counting.popleft().result()
+
+    def diverged(self, what: str) -> FloatingPointError:
+        """The error that tells what is not finite, and which step is good; steps held back never count."""
+        self._held.clear()
+        with contextlib.suppress(Exception):
+            self._count_held()
+        if self._newest is None:
+            return FloatingPointError(
+                f"{what}, and there is no checkpoint before it; lower --training.learning-rate and start "
+                "again with --overwrite"
+            )
+        return FloatingPointError(
+            f"{what}; the checkpoint of step {self._newest} is good, and the same command with a lower "
+            "--training.learning-rate goes on from it"
+        )
+
+    def seal(self, step: int) -> Seal:
+        """What a checkpoint's run was made of; None for checkpoints that are older than seals."""
+        return read_seal(self.folder, step)
+
+    def _write_down(self, step: int, response: Any, is_finite: jax.Array, loss: jax.Array) -> Digest | None:
+        """Wait for Orbax, and see that all is finite and on the disk."""
+        index, count = jax.process_index(), jax.process_count()
+        try:
+            response.result()  # which frees Orbax's thread and files, too
+            if not is_finite:
+                return None
+            hashes = hash_own_files(self.folder / str(step), index, count)
+        except (ValueError, OSError) as error:
+            raise self._of_the_disk(step, error) from error
+        return Digest(step, index, count, hashes, float(loss), self._seal)
+
+    def _finish_writing(self) -> None:
+        """Wait for the save in hand."""
+        if self._writing is not None:
+            held, self._writing = self._writing, None
+            if held.digest.result() is None:
+                raise self.diverged(f"not all numbers of the state after step {held.step} are finite")
+
+    def _count(self, held: _Held) -> None:
+        """Let the worker write a step's digest, after all it has to do for the step."""
+
+        def count() -> None:
+            digest = held.digest.result()
+            if digest is None:
+                return
+            try:
+                write_digest(self.folder / str(held.step), digest)
+                self._newest = held.step
+                self._delete_older()
+            except OSError as error:
+                raise self._of_the_disk(held.step, error) from error
+
+        self._counting.append(self._worker.submit(count))
+
+    def _count_held(self) -> None:
+        """Let all steps held back count, and wait."""
+        while self._held:
+            self._count(self._held.popleft())
+        while self._counting:
+            self._counting.popleft().result()
+
+    def _delete_older(self) -> None:
+        if self._keep is not None and jax.process_index() == 0:
+            delete_but_newest(self.folder, self._keep)
+
+    def _of_the_disk(self, step: int, error: Exception) -> Exception:
+        """An error that names the folder, if it is the file system's; else as it is."""
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None:
+            number = next((code for words, code in _OF_THE_DISK.items() if words in str(error)), None)
+        if number is None:
+            return error
+        why = os.strerror(number) if number != errno.EIO else " ".join(f"{error}".split())[:200]
+        kept = f"that of step {self._newest} is kept" if self._newest else "there is no earlier one"
+        text = f"{why}: the checkpoint of step {step} could not be saved; {kept}"
+        return OSError(number, text, str(self.folder))
+
+
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
