@@ -1,5 +1,6 @@
 """Reading the newest whole checkpoint of a run. Nothing is written: a training may be under way."""
 
+import gc
 import json
 import sys
 import time
@@ -142,19 +143,34 @@ def _load(folder: epath.Path, found: _Found, like: TrainState, must_fit: MustFit
     abstract: Any = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
     )
+    tree = _read_tree(step_folder, abstract)
+    if not isinstance(tree, str):
+        return Loaded(found.step, TrainState(**tree), seal)
+    # Of several processes all would have to go on alike.
+    if jax.process_count() == 1 and (found.kind is Kind.OLD or not _is_here(folder, found)):
+        raise DamagedError(f"Orbax cannot read it: {tree}")
+    is_whole = "is whole, but" if found.kind is Kind.SAVED else "is damaged, or"
+    raise ValueError(
+        f"{step_folder} {is_whole} not of the model that config.json and this code make ({tree})"
+    )
+
+
+def _read_tree(step_folder: epath.Path, abstract: Any) -> dict[str, Any] | str:
+    """The saved tree, or in a line why it cannot be read."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None  # else each array whose reading is given up prints a page
     try:
-        tree: Any = ocp.load(step_folder, abstract, checkpointable_name=STATE)
-    except jax.errors.JaxRuntimeError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise of all kinds
-        reason = " ".join(f"{error}".split())[:200]
-        # Of several processes all would have to go on alike.
-        if jax.process_count() == 1 and (found.kind is Kind.OLD or not _is_here(folder, found)):
-            raise DamagedError(f"Orbax cannot read it: {reason}") from error
-        raise ValueError(
-            f"{step_folder} is whole, but not of the model that config.json and this code make ({reason})"
-        ) from error
-    return Loaded(found.step, TrainState(**tree), seal)
+        try:
+            tree: Any = ocp.load(step_folder, abstract, checkpointable_name=STATE)
+            return tree
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise of all kinds
+            reason = " ".join(f"{error}".split())[:200]
+        gc.collect()
+        return reason
+    finally:
+        sys.unraisablehook = hook
 
 
 def _tell(folder: epath.Path, found: _Found, damaged: dict[int, str]) -> None:

@@ -2,8 +2,9 @@
 
 import collections
 import contextlib
-import errno
+import logging
 import os
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
 
@@ -26,8 +27,8 @@ from mc_jax.training.checkpoint.folder import (
 from mc_jax.training.checkpoint.reading import STATE, Loaded, MustFit, Seal, load_newest, read_seal
 from mc_jax.training.step import TrainState
 
-# What TensorStore says of a disk, in the text of a ValueError.
-_OF_THE_DISK = {"No space left": errno.ENOSPC, "Disk quota": errno.EDQUOT, "[OS error": errno.EIO}
+# TensorStore raises a ValueError for what the system refuses.
+_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 class _Held(NamedTuple):
@@ -67,6 +68,7 @@ class Checkpoints:
         self._counting: collections.deque[Future[None]] = collections.deque()
         self._newest: int | None = None  # that counts
         self._is_open = False
+        logging.getLogger("absl").addFilter(_is_no_page_of_a_thread)
 
     def __enter__(self) -> Self:
         return self
@@ -213,15 +215,21 @@ class Checkpoints:
 
     def _of_the_disk(self, step: int, error: Exception) -> Exception:
         """An error that names the folder, if it is the file system's; else as it is."""
-        number = error.errno if isinstance(error, OSError) else None
-        if number is None:
-            number = next((code for words, code in _OF_THE_DISK.items() if words in str(error)), None)
-        if number is None:
+        found = _SYSTEM_ERROR.search(str(error))
+        if found:
+            number = int(found[1])
+        elif isinstance(error, OSError) and error.errno is not None:
+            number = error.errno
+        else:
             return error
-        why = os.strerror(number) if number != errno.EIO else " ".join(f"{error}".split())[:200]
         kept = f"that of step {self._newest} is kept" if self._newest else "there is no earlier one"
-        text = f"{why}: the checkpoint of step {step} could not be saved; {kept}"
+        text = f"{os.strerror(number)}: the checkpoint of step {step} is not saved; {kept}"
         return OSError(number, text, str(self.folder))
+
+
+def _is_no_page_of_a_thread(record: logging.LogRecord) -> bool:
+    """Whether it is not a traceback out of Orbax's threads: the error comes to us, and is told in a line."""
+    return "_SignalingThread.run() raised" not in str(record.msg)
 
 
 @jax.jit
