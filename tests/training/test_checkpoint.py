@@ -156,6 +156,16 @@ def test_a_loss_that_is_not_finite_condemns_the_state_it_was_computed_from(run):
     assert newest(run) == 1
 
 
+def test_one_finite_checkpoint_is_kept_even_if_the_next_loss_is_not(run):
+    with Checkpoints(run) as checkpoints:
+        checkpoints.restore(state_of(0))
+        checkpoints.save(1, state_of(1), FINE)
+        checkpoints.confirm(1)
+        error = checkpoints.diverged("the loss of step 2 is nan")
+    assert "only the checkpoint of step 1 is there, finite but just before it" in str(error)
+    assert newest(run) == 1
+
+
 def test_another_error_loses_no_finished_save(run):
     def fail():
         with Checkpoints(run) as checkpoints:

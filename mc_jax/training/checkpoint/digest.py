@@ -74,7 +74,7 @@ def write_digest(step_folder: epath.Path, digest: Digest) -> None:
     """Write a digest; when all processes have, the step counts."""
     text = _canonical(dataclasses.asdict(digest))
     whole = {"digest": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_durably(digest_file(step_folder, digest.process), json.dumps(whole, indent=1) + "\n")
+    write_durably(digest_file(step_folder, digest.process), json.dumps(whole, indent=1))
 
 
 def read_digest(step_folder: epath.Path, process: int = 0) -> Digest:

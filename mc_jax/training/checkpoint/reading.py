@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -157,8 +158,9 @@ def _load(folder: epath.Path, found: _Found, like: TrainState, must_fit: MustFit
 
 def _read_tree(step_folder: epath.Path, abstract: Any) -> dict[str, Any] | str:
     """The saved tree, or in a line why it cannot be read."""
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda _: None  # else each array whose reading is given up prints a page
+    # Else each array whose reading is given up prints a page.
+    hook, log = sys.unraisablehook, logging.getLogger("asyncio")
+    sys.unraisablehook, log.disabled = (lambda _: None), True
     try:
         try:
             tree: Any = ocp.load(step_folder, abstract, checkpointable_name=STATE)
@@ -170,7 +172,7 @@ def _read_tree(step_folder: epath.Path, abstract: Any) -> dict[str, Any] | str:
         gc.collect()
         return reason
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook, log.disabled = hook, False
 
 
 def _tell(folder: epath.Path, found: _Found, damaged: dict[int, str]) -> None:

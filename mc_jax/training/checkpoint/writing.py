@@ -149,19 +149,25 @@ class Checkpoints:
             self._counting.popleft().result()
 
     def diverged(self, what: str) -> FloatingPointError:
-        """The error that tells what is not finite, and which step is good; steps held back never count."""
-        self._held.clear()
+        """The error that tells what is not finite, and which step is good.
+
+        Steps held back do not count any more, unless no other would be left: finite they are.
+        """
+        held, self._held = self._held, collections.deque()
+        is_confirmed = True
         with contextlib.suppress(Exception):
             self._count_held()
+            if self._newest is None:
+                is_confirmed, self._held = False, held
+                self._count_held()
+        again = "the same command with a lower --training.learning-rate goes on from it"
         if self._newest is None:
-            return FloatingPointError(
-                f"{what}, and there is no checkpoint before it; lower --training.learning-rate and start "
-                "again with --overwrite"
-            )
-        return FloatingPointError(
-            f"{what}; the checkpoint of step {self._newest} is good, and the same command with a lower "
-            "--training.learning-rate goes on from it"
-        )
+            cure = "there is no finite checkpoint before it; lower --training.learning-rate and --overwrite"
+        elif is_confirmed:
+            cure = f"the checkpoint of step {self._newest} is good, and {again}"
+        else:
+            cure = f"only the checkpoint of step {self._newest} is there, finite but just before it: {again}"
+        return FloatingPointError(f"{what}; {cure}")
 
     def seal(self, step: int) -> Seal:
         """What a checkpoint's run was made of; None for checkpoints that are older than seals."""
