@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mc_jax._arguments import UsageError, parse
+from mc_jax._checkpoints_command import checkpoints
 from mc_jax._plan_command import plan
 from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
 from mc_jax.config import Config, validate
@@ -279,5 +280,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "checkpoints": checkpoints,
     "selftest": selftest,
 }

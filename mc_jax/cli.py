@@ -56,7 +56,7 @@ def _dispatch(words: list[str]) -> None:
 
 
 def _overview(commands: Mapping[str, Callable[..., None]]) -> str:
-    lines = [f"  {name:10}{(run.__doc__ or '').partition('\n')[0]}" for name, run in commands.items()]
+    lines = [f"  {name:13}{(run.__doc__ or '').partition('\n')[0]}" for name, run in commands.items()]
     return "\n".join(
         [
             "usage: mc-jax COMMAND ...",

@@ -49,7 +49,11 @@ def layer_of(module: str) -> str | None:
         return top
     if top != "mc_jax" or not rest:
         return None
-    return "cli" if rest[0] in ("cli", "_commands", "_plan_command", "_arguments", "_recipes") else rest[0]
+    return (
+        "cli"
+        if rest[0] in ("cli", "_commands", "_plan_command", "_checkpoints_command", "_arguments", "_recipes")
+        else rest[0]
+    )
 
 
 def imported_modules(file: pathlib.Path) -> Iterator[tuple[str, int]]:

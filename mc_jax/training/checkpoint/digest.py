@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from mc_jax.training._flush import flush, write_durably
+from mc_jax.data.files import sync, write_text
 
 _DIGEST_NAME = re.compile(r"digest\.\d+\.json(\.part)?")
 _PROCESS_NAME = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
@@ -56,17 +56,17 @@ def digest_file(step_folder: epath.Path, process: int) -> epath.Path:
 
 def hash_own_files(step_folder: epath.Path, process: int, processes: int) -> dict[str, FileHash]:
     """Hashes of the files that this process wrote, each on the disk by then, as are the names of all."""
-    files, folders = _walk(step_folder)
+    files, folders = walk(step_folder)
     own = [name for name in files if _writer(name, processes) == process]
 
     def flush_and_hash(name: str) -> FileHash:
-        flush(step_folder / name)
+        sync(step_folder / name)
         return _hash(step_folder / name)
 
     with ThreadPoolExecutor(_THREADS) as threads:
         hashes = dict(zip(own, threads.map(flush_and_hash, own), strict=True))
     for folder in (*reversed(folders), step_folder.parent):
-        flush(folder)
+        sync(folder)
     return hashes
 
 
@@ -74,7 +74,7 @@ def write_digest(step_folder: epath.Path, digest: Digest) -> None:
     """Write a digest; when all processes have, the step counts."""
     text = _canonical(dataclasses.asdict(digest))
     whole = {"digest": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_durably(digest_file(step_folder, digest.process), json.dumps(whole, indent=1))
+    write_text(digest_file(step_folder, digest.process), json.dumps(whole, indent=1))
 
 
 def read_digest(step_folder: epath.Path, process: int = 0) -> Digest:
@@ -152,7 +152,7 @@ def _writer(name: str, processes: int) -> int:
     return int(found[1]) if found and int(found[1]) < processes else 0
 
 
-def _walk(folder: epath.Path) -> tuple[list[str], list[epath.Path]]:
+def walk(folder: epath.Path) -> tuple[list[str], list[epath.Path]]:
     """The files of a folder, as paths from it, without digests; and its folders, itself first."""
     files, folders, left = [], [], [(folder, "")]
     while left:

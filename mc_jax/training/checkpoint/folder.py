@@ -7,8 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from mc_jax.training._buckets import is_in_bucket
-from mc_jax.training._flush import flush
+from mc_jax.data.files import is_in_bucket, sync
 from mc_jax.training.checkpoint.digest import DamagedError, digest_file, read_digest
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -65,7 +64,7 @@ def keep_digests_after(folder: epath.Path, step: int) -> None:
         marker = folder / f"digests-after-{step}"
         marker.write_text("")
         for path in (marker, folder, folder.parent):
-            flush(path)
+            sync(path)
 
 
 def clear_after(folder: epath.Path, start: int) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from etils import epath
 
 from mc_jax.training._buckets import absolute
-from mc_jax.training.checkpoint.digest import DamagedError, read_digests, verify
+from mc_jax.training.checkpoint.digest import DamagedError, read_digests, verify, walk
 from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, Kind, kind_of, steps_in
 from mc_jax.training.metrics import read_metrics
 
@@ -65,6 +65,9 @@ def _condition(folder: epath.Path, step: int) -> tuple[str, str | None]:
     return "whole", None
 
 
-def _bytes_in(folder: epath.Path) -> int:
-    paths = list(folder.glob("**/*"))
-    return sum(path.stat().length for path in paths if path.exists() and not path.is_dir())
+def _bytes_in(step_folder: epath.Path) -> int:
+    """What a step's files take; 0 if it is deleted meanwhile."""
+    try:
+        return sum((step_folder / name).stat().length for name in walk(step_folder)[0])
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,133 @@
+"""Damage, readers beside a training, and numbers that are not finite, as the commands of mc-jax meet them."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+from training_process import start
+
+from mc_jax.cli import main
+from mc_jax.training.run import load_run
+
+STEPS = 24
+RECIPE = '''
+"""A run of seconds, for tests."""
+from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
+
+
+def config() -> Config:
+    return Config(
+        model=ModelConfig(
+            num_layers=1, model_dim=16, num_heads=2, mlp_dim=32, segment_length=16, chunk_length=8
+        ),
+        data=DataConfig(corpus={corpus!r}, tokenizer=None, context_length=64),
+        training=TrainingConfig(
+            steps={steps}, batch_size=8, learning_rate=1e-2, warmup_steps=4, checkpoint_every=1
+        ),
+        evaluation=EvaluationConfig(sample_tokens=0),
+    )
+'''
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    from mc_jax.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("by command")
+    words = "the sea was calm and the wind came from the west; she walked along the shore. "
+    (folder / "text.txt").write_text(words * 150)
+    (folder / "held.txt").write_text(words * 4)
+    prepare([folder / "text.txt"], folder / "corpus", held_out=[folder / "held.txt"], tokenizer="bytes")
+    (folder / "tiny.py").write_text(RECIPE.format(corpus=str(folder / "corpus"), steps=STEPS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(workplace):
+    """A run that was trained while others read it, and the steps that they read."""
+    training = start(
+        workplace, "train", "tiny.py", "--name", "beside", "--training.keep-checkpoints", "2", output="beside"
+    )
+    run = workplace / "runs" / "beside"
+    read = []
+    while training.process.is_alive():
+        if list(run.glob("checkpoints/*/digest.0.json")):
+            read.append(load_run(run).step)
+    assert training.end() == 0, training.lines()
+    return run, read
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> pathlib.Path:
+    """A copy of the run, to be damaged."""
+    return shutil.copytree(trained[0], tmp_path / "run")
+
+
+def flip_a_bit(run: pathlib.Path, step: int) -> None:
+    largest = max((run / "checkpoints" / str(step)).rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def train(folder: pathlib.Path, *words: str) -> int:
+    return main(["train", str(folder / "tiny.py"), "--runs-dir", str(folder / "runs"), *words])
+
+
+def test_readers_beside_a_training_disturb_it_no_more_than_it_them(trained):
+    run, read = trained
+    assert read == sorted(read)
+    assert len(set(read)) > 2, f"the training was too fast to tell anything: {read}"
+    assert load_run(run).step == STEPS
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_flipped_bit_is_told_and_the_step_before_is_evaluated(run, capsys):
+    flip_a_bit(run, STEPS)
+    assert main(["eval", str(run), "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["loss"] > 0
+    (line,) = told.err.splitlines()
+    assert f"step {STEPS} is no use (state/" in line
+    assert line.endswith(f"holds other bytes than were saved); step {STEPS - 1} is used")
+
+
+def test_where_all_are_damaged_a_line_says_so_and_a_launcher_need_not_try_again(run, capsys):
+    for step in (STEPS - 1, STEPS):
+        flip_a_bit(run, step)
+    assert main(["generate", str(run), "--prompt", "the"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mc-jax: error: ")
+    assert "has no whole checkpoint" in line
+
+
+def test_checkpoints_are_listed(run, capsys):
+    flip_a_bit(run, STEPS)
+    (run / "checkpoints" / "99999").mkdir()
+    assert main(["checkpoints", str(run), "--json"]) == 0
+    before, damaged, empty = json.loads(capsys.readouterr().out)
+    assert (before["step"], before["condition"], before["finite"]) == (STEPS - 1, "whole", True)
+    assert before["bytes"] > 10_000
+    assert 0 < before["loss"] < 6
+    assert (damaged["step"], damaged["condition"]) == (STEPS, "damaged")
+    assert "holds other bytes than were saved" in damaged["problem"]
+    assert (empty["step"], empty["condition"], empty["bytes"]) == (99999, "unfinished", 0)
+    assert main(["checkpoints", str(run)]) == 0
+    assert "damaged: state/" in capsys.readouterr().out
+
+
+def test_a_rate_far_too_high_leaves_a_finite_checkpoint_and_names_it(workplace, capsys):
+    assert train(workplace, "--name", "high", "--training.learning-rate", "1e3") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    (step,) = [path.name for path in (workplace / "runs/high/checkpoints").iterdir() if path.name.isdecimal()]
+    assert f"the checkpoint of step {step}" in line
+    assert "with a lower --training.learning-rate" in line
+
+
+def test_a_run_whose_very_last_state_is_not_finite_ends_with_an_error(workplace, capsys):
+    words = ("--training.learning-rate", "1e39", "--training.steps", "1", "--training.warmup-steps", "0")
+    assert train(workplace, "--name", "last", *words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "not all numbers of the state after step 1 are finite; there is no finite checkpoint" in line
