@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from mc_jax.data.files import write_text
+from mc_jax.training.stages import Change
 
 REPORT_FILE = "report.html"
 
@@ -45,6 +46,7 @@ def write_report(
     sample: str,
     router: RouterPicture | str,
     facts: dict[str, str],
+    stages: Sequence[Change] = (),
 ) -> epath.Path:
     """Write `report.html` into a run's folder, whole or not at all.
 
@@ -59,6 +61,7 @@ def write_report(
       sample: What the model wrote after it.
       router: What the router reads, or a sentence that says why there is nothing to show.
       facts: Short texts by name: parameters, tokens, time, device.
+      stages: What changed while it was trained, if anything did.
 
     Returns:
       Where the report is.
@@ -73,6 +76,7 @@ def write_report(
         _section("What the router reads", _router(_plots, router)),
         _section("Sample", _sample(sample_prompt, sample)),
         _section("Settings that differ from the defaults", _settings(config_differences)),
+        *([_section("Settings that changed on the way", _stages(stages))] if stages else []),
         _section("How to go on", _commands(run_dir, sample_prompt)),
     ]
     page = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(sections))
@@ -211,6 +215,17 @@ def _settings(differences: dict[str, tuple[Any, Any]]) -> str:
         '<div class="wide"><table><thead><tr><th scope="col">field</th><th scope="col">this run</th>'
         f'<th scope="col">default</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
+
+
+def _stages(stages: Sequence[Change]) -> str:
+    rows = "".join(
+        f"<tr><td>{step:,}</td><td>{_escape(began)}</td><td><code>{_escape(name)}</code></td>"
+        f"<td><code>{_escape(str(old))}</code></td><td><code>{_escape(str(new))}</code></td></tr>"
+        for step, began, changed in stages
+        for name, (old, new) in changed.items()
+    )
+    names = "".join(f'<th scope="col">{name}</th>' for name in ("after step", "when", "field", "from", "to"))
+    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _commands(run_dir: epath.Path, prompt: str) -> str:

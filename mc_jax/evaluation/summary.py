@@ -13,6 +13,7 @@ from mc_jax.evaluation.report import RouterPicture, write_report
 from mc_jax.inference.generate import continue_text
 from mc_jax.training.metrics import read_metrics
 from mc_jax.training.run import Run, load_run
+from mc_jax.training.stages import read_stages
 
 _TEMPERATURE = 0.8
 _TOP_P = 0.95
@@ -61,6 +62,7 @@ def summarize_run(run_dir: epath.PathLike) -> dict[str, float] | None:
             "device": jax.local_devices()[0].device_kind,
             "sampling": f"temperature {_TEMPERATURE}, top-p {_TOP_P}",
         },
+        stages=read_stages(run.folder).changes(),
     )
     return held_out
 

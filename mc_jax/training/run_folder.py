@@ -56,9 +56,8 @@ class OpenRun:
             write_stages(self.folder, stages)
             write_text(self.folder / CONFIG_FILE, configs.to_json(self.config))
             if stages.changes():
-                changed = ", ".join(
-                    f"{name} {old!r} -> {new!r}" for name, (old, new) in stages.changes()[-1][2].items()
-                )
+                last = stages.changes()[-1].settings
+                changed = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in last.items())
                 print(f"{self.folder} goes on with other settings from step {step}: {changed}", flush=True)
         return stages.rows_before(step)
 

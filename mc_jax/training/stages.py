@@ -6,7 +6,7 @@ A run has one, until it goes on with other settings. `config.json` holds the new
 import dataclasses
 import datetime
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -32,6 +32,17 @@ class Stage:
     def batch_size(self) -> int:
         """Rows that each of its steps read."""
         return self.settings["training"]["batch_size"]
+
+
+class Change(NamedTuple):
+    """What a stage changed."""
+
+    step: int
+    """The last step before it."""
+    began: str
+    """When, as ISO 8601."""
+    settings: dict[str, tuple[Any, Any]]
+    """{"training.steps": (old, new)}."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +72,10 @@ class Stages:
             for stage, end in zip(self.stages, ends, strict=True)
         )
 
-    def changes(self) -> list[tuple[int, str, dict[str, tuple[Any, Any]]]]:
-        """Of each stage but the first: after which step, when, and what it changed, {name: (old, new)}."""
+    def changes(self) -> list[Change]:
+        """What each stage but the first changed."""
         pairs = zip(self.stages, self.stages[1:], strict=False)
-        return [(new.from_step, new.began, _changes(old.settings, new.settings)) for old, new in pairs]
+        return [Change(new.from_step, new.began, _changes(old.settings, new.settings)) for old, new in pairs]
 
 
 def one_stage(config: Config) -> Stages:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mc_jax.evaluation.report import RouterPicture, write_report
+from mc_jax.training.stages import Change
 
 LAYERS, TOKENS, SEGMENT_LENGTH, SEGMENTS = 3, 40, 8, 5
 
@@ -52,6 +53,7 @@ def _write(run_dir, **changes):
         "sample": ' </pre><script>alert("x")</script>\x00 & more\n',
         "router": _router(),
         "facts": {"parameters": "1.02 M", "device": "2 <CPUs>"},
+        "stages": [Change(20, "2026-01-02", {"training.steps": (20, 30), "training.batch_size": (4, 8)})],
     } | changes
     return write_report(run_dir, **arguments)
 
@@ -154,6 +156,11 @@ def test_settings_and_commands_are_there(run_dir, page):
     assert "data.tokenizerNonebytes" in page.text
     assert f"mc-jax eval '{run_dir}'" in page.text, "a folder with a space must be quoted"
     assert f"""mc-jax generate '{run_dir}' --prompt 'It'"'"'s a truth'""" in page.text
+
+
+def test_what_changed_on_the_way_is_there(page):
+    assert "after stepwhenfieldfromto202026-01-02training.steps2030" in page.text
+    assert "202026-01-02training.batch_size48" in page.text
 
 
 def test_the_heat_maps_name_layers_and_memories(page):

@@ -317,7 +317,7 @@ def test_a_run_is_made_longer_and_says_so(run, config, capsys):
     assert capsys.readouterr().out == "", "told once"
     stages = read_stages(run)
     assert [stage.from_step for stage in stages.stages] == [0, 40]
-    assert stages.changes()[0][2]["training.batch_size"] == (4, 8)
+    assert stages.changes()[0].settings["training.batch_size"] == (4, 8)
 
 
 def test_a_stage_that_was_never_saved_is_forgotten(run, config):
