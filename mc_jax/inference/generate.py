@@ -43,7 +43,7 @@ def generate(
 
     Raises:
       ValueError: an empty prompt, one with a token outside the vocabulary, a temperature or top_p out of
-        range, a storage without effect or with too few places.
+        range, a storage without effect or with too few places, or logits that are not finite.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no tokens; begin it with the tokenizer's separator")
@@ -71,20 +71,25 @@ def generate(
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = prompt
     graph, parameters = nnx.split(model)
-    return np.asarray(
-        _generate(
-            graph,
-            parameters,
-            rows,
-            lengths,
-            jax.random.key(seed),
-            jnp.float32(temperature),
-            jnp.float32(top_p),
-            tokens=tokens,
-            max_length=padded + tokens,
-            storage=storage,
-        )
+    drawn, is_finite = _generate(
+        graph,
+        parameters,
+        rows,
+        lengths,
+        jax.random.key(seed),
+        jnp.float32(temperature),
+        jnp.float32(top_p),
+        tokens=tokens,
+        max_length=padded + tokens,
+        storage=storage,
     )
+    if not is_finite.all():
+        row, token = np.argwhere(~np.asarray(is_finite))[0]
+        raise ValueError(
+            f"the logits of token {token + 1} after prompt {row + 1} are not finite, so there is nothing to "
+            "draw from: the weights are too large for this precision, or the training diverged"
+        )
+    return np.asarray(drawn)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "tokens", "max_length", "storage"))
@@ -95,10 +100,12 @@ def _generate(graph, parameters, rows, lengths, key, temperature, top_p, *, toke
     def add(carry, key):
         logits, caches = carry
         token = sample(key, logits, temperature, top_p)
-        return model.step(token, caches), token
+        # Not all: a token may be ruled out by a logit of minus infinity.
+        is_finite = jnp.isfinite(jnp.max(logits, axis=-1))
+        return model.step(token, caches), (token, is_finite)
 
-    _, drawn = jax.lax.scan(add, (logits, caches), jax.random.split(key, tokens))
-    return drawn.T
+    _, (drawn, is_finite) = jax.lax.scan(add, (logits, caches), jax.random.split(key, tokens))
+    return drawn.T, is_finite.T
 
 
 def continue_text(

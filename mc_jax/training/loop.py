@@ -51,7 +51,9 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
     with (
         opened(run_dir, config, overwrite=overwrite) as folder,
         jax.set_mesh(mesh),
-        Checkpoints(run_dir, every=settings.checkpoint_every, keep=settings.keep_checkpoints) as checkpoints,
+        Checkpoints(
+            run_dir, every=settings.checkpoint_every, keep=settings.keep_checkpoints, seal=folder.seal
+        ) as checkpoints,
     ):
         dataset = folder.dataset
         # Loss is per token; bits per byte needs the corpus's mean length of a token.

@@ -15,9 +15,12 @@ from mc_jax.data.dataset import Dataset, open_data
 from mc_jax.nn import LanguageModel
 from mc_jax.parallel import has_mesh
 from mc_jax.parallel.parameters import shardings
+from mc_jax.training._buckets import absolute
 from mc_jax.training.checkpoint import load_newest
+from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, steps_in
 from mc_jax.training.optimizer import make_optimizer
-from mc_jax.training.step import TrainState, init_state, merge_model, split_model
+from mc_jax.training.seal import make_seal, must_fit, newest_seal
+from mc_jax.training.step import TrainState, all_finite, init_state, merge_model, split_model
 from pallas_kernels._platform import platform
 
 CONFIG_FILE = "config.json"
@@ -91,13 +94,23 @@ def read_config(run_dir: epath.Path) -> Config:
     return configs.from_json((run_dir / CONFIG_FILE).read_bytes().decode(errors="replace"))
 
 
+def _not_finite(folder: epath.Path, step: int) -> str:
+    """The message for a checkpoint of weights that are no numbers, which only an older mc_jax has saved."""
+    earlier = [other for other in steps_in(absolute(folder / CHECKPOINTS_FOLDER)) if other < step]
+    cure = "train it anew with a lower --training.learning-rate under another --name"
+    if earlier:
+        cure = f"move {folder / CHECKPOINTS_FOLDER / str(step)} elsewhere, and step {earlier[-1]} is used"
+    return f"the weights of step {step} in {folder} are not finite, for the training diverged; {cure}"
+
+
 def load_run(run_dir: epath.PathLike) -> Run:
     """Read a run's config, tokenizer, data and newest checkpoint; the model lies on this process's device.
 
     Several processes must all call it.
 
     Raises:
-      ValueError: no run there, or one without a checkpoint.
+      ValueError: no run there, one without a checkpoint, one that is no longer what was trained, or one whose
+        weights are not finite.
     """
     folder = epath.Path(run_dir)
     if not (folder / CONFIG_FILE).exists():
@@ -106,8 +119,11 @@ def load_run(run_dir: epath.PathLike) -> Run:
         )
     config = read_config(folder)
     dataset = open_data(config.data, folder / TOKENIZER_FILE)
+    must_fit(newest_seal(folder), make_seal(config, dataset), folder)
     graph, state = new_state(config, dataset.tokenizer.vocab_size)
     loaded = load_newest(folder, state)
     if loaded is None:
         raise ValueError(f"{folder} has no complete checkpoint yet; go on with mc-jax train")
+    if not all_finite(loaded.state.parameters):
+        raise ValueError(_not_finite(folder, loaded.step))
     return Run(folder, config, dataset, merge_model(graph, loaded.state.parameters), loaded.step)

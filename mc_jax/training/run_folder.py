@@ -6,6 +6,7 @@ is empty, half made (a kill, a full disk) or not ours.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 
 import jax
@@ -16,10 +17,11 @@ from mc_jax.config import Config
 from mc_jax.data.dataset import Dataset, open_data
 from mc_jax.data.files import UNFINISHED, write_text
 from mc_jax.parallel.processes import first_decides, must_agree
-from mc_jax.training.checkpoint import CHECKPOINTS_FOLDER
+from mc_jax.training._buckets import absolute
+from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, Kind, kind_of, steps_in
 from mc_jax.training.lock import LOCK_FILE, RunLock
 from mc_jax.training.run import CONFIG_FILE, TOKENIZER_FILE, read_config
-from mc_jax.training.seal import is_sealed
+from mc_jax.training.seal import is_sealed, make_seal, must_fit, newest_seal, seal_of_settings
 from mc_jax.training.stages import STAGES_FILE, Stages, one_stage, read_stages, write_stages
 
 _REPORT_FILE = "report.html"
@@ -35,6 +37,8 @@ class OpenRun:
     folder: epath.Path
     config: Config
     dataset: Dataset
+    seal: dict[str, str]
+    """What its checkpoints are trained with."""
     stages: Stages
     """As the folder has them."""
     lock: RunLock | None
@@ -89,16 +93,17 @@ def opened(run_dir: epath.Path, config: Config, *, overwrite: bool) -> Iterator[
                     "set --runs-dir to a folder on a file system that all processes share"
                 )
             dataset = open_data(config.data, run_dir / TOKENIZER_FILE)
-            found = OpenRun(run_dir, config, dataset, read_stages(run_dir), None)
-        must_agree("text to train on", found.dataset.train.content_hash())
+            seal = make_seal(config, dataset)
+            found = OpenRun(run_dir, config, dataset, seal, read_stages(run_dir), None)
+        must_agree("text to train on", json.dumps(found.seal))
         yield found
 
 
 def newest_step(run_dir: epath.Path) -> int | None:
-    """The newest step that has a folder among a run's checkpoints, whole or not; None without one."""
-    folder = run_dir / CHECKPOINTS_FOLDER
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.exists() else []
-    return max(steps, default=None)
+    """The newest step among a run's checkpoints; None without one."""
+    folder = absolute(run_dir / CHECKPOINTS_FOLDER)
+    counted = (step for step in steps_in(folder) if kind_of(folder, step) is not Kind.UNFINISHED)
+    return max(counted, default=None)
 
 
 def _open(run_dir: epath.Path, config: Config, lock: RunLock, *, overwrite: bool) -> OpenRun:
@@ -108,12 +113,17 @@ def _open(run_dir: epath.Path, config: Config, lock: RunLock, *, overwrite: bool
         open_data(config.data)  # what it refuses must be told before anything is lost
         (run_dir / CONFIG_FILE).rename(run_dir / _OVERWRITTEN_FILE)
         _delete(run_dir)
-    earlier = _earlier(run_dir)
+    sealed = newest_seal(run_dir)
+    earlier = _earlier(run_dir, config if sealed else None)
     if earlier is None:
         dataset = open_data(config.data)
-        return OpenRun(run_dir, config, dataset, _make(run_dir, config, dataset, overwrite), lock)
+        stages = _make(run_dir, config, dataset, overwrite)
+        return OpenRun(run_dir, config, dataset, make_seal(config, dataset), stages, lock)
+    must_fit(sealed, seal_of_settings(earlier), run_dir)
+    _must_go_on(run_dir, config, earlier, may_move=sealed is not None)
     dataset = open_data(config.data, run_dir / TOKENIZER_FILE)
-    _must_go_on(run_dir, config, earlier)
+    seal = make_seal(config, dataset)
+    must_fit(sealed, seal, run_dir)
     if overwrite:
         print(
             f"{run_dir} is a run that --overwrite began and that has not ended: it goes on; "
@@ -122,29 +132,40 @@ def _open(run_dir: epath.Path, config: Config, lock: RunLock, *, overwrite: bool
         )
     if not (run_dir / TOKENIZER_FILE).exists():
         dataset.tokenizer.save(run_dir / TOKENIZER_FILE)
+    if not (run_dir / CONFIG_FILE).exists():
+        write_text(run_dir / CONFIG_FILE, configs.to_json(config))
     stages = read_stages(run_dir)
-    return OpenRun(run_dir, config, dataset, stages if stages.stages else one_stage(earlier), lock)
+    return OpenRun(run_dir, config, dataset, seal, stages if stages.stages else one_stage(earlier), lock)
 
 
-def _earlier(run_dir: epath.Path) -> Config | None:
+def _earlier(run_dir: epath.Path, config: Config | None) -> Config | None:
     """The settings of the run that the folder holds; None where it is empty, or half made.
 
+    Args:
+      run_dir: the folder.
+      config: what the settings are taken to be where the file is lost; None: that is an error.
+
     Raises:
-      ValueError: it holds something else, or its config.json cannot be read.
+      ValueError: the folder holds something else, or its config.json is damaged.
     """
     path = run_dir / CONFIG_FILE
     has_checkpoints = newest_step(run_dir) is not None
     if path.exists():
         try:
             return read_config(run_dir)
-        except ValueError:
+        except ValueError as error:
             if has_checkpoints:
-                raise
+                raise ValueError(
+                    f"{error}; this command writes a deleted {CONFIG_FILE} of {run_dir} anew, "
+                    "if the checkpoints were trained by it"
+                ) from None
             return None  # cut off by a full disk or a power cut, before anything was trained
-    if has_checkpoints:
+    if has_checkpoints and config is None:
         raise ValueError(
             f"{run_dir} has checkpoints and no {CONFIG_FILE}; restore it, or choose another --name"
         )
+    if has_checkpoints:
+        return config
     ours = (LOCK_FILE, TOKENIZER_FILE, STAGES_FILE, CHECKPOINTS_FOLDER)
     for entry in run_dir.iterdir():
         if entry.name not in ours and entry.suffix not in UNFINISHED and not entry.name.startswith("."):
@@ -180,9 +201,14 @@ def _is_the_same_command(run_dir: epath.Path, config: Config) -> bool:
     return not (is_reported and (newest_step(run_dir) or 0) >= config.training.steps)
 
 
-def _must_go_on(run_dir: epath.Path, config: Config, earlier: Config) -> None:
+def _must_go_on(run_dir: epath.Path, config: Config, earlier: Config, *, may_move: bool) -> None:
+    """See that nothing changes the past. A corpus may have moved where the seal tells that it is the same."""
     changed = _changed(config, earlier)
-    past = {name: values for name, values in changed.items() if is_sealed(name) or name in _NAMES_OF_DATA}
+    past = {
+        name: values
+        for name, values in changed.items()
+        if is_sealed(name) or (name in _NAMES_OF_DATA and not may_move)
+    }
     if past:
         listed = ", ".join(f"{name} {old!r} there, {new!r} here" for name, (new, old) in past.items())
         raise ValueError(

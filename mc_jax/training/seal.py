@@ -6,25 +6,46 @@ cannot change under a run unseen. Settings of the schedule, of batches, evaluati
 those may change.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
+
+from etils import epath
 
 from mc_jax import config as configs
 from mc_jax.config import Config
 from mc_jax.data.dataset import Dataset
+from mc_jax.training._buckets import absolute
+from mc_jax.training.checkpoint.digest import DamagedError
+from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, steps_in
+from mc_jax.training.checkpoint.reading import read_seal
 
-_SEALED = ("model", "data.context_length", "training.seed", "training.optimizer")
+_SEALED = ("data.context_length", "training.seed", "training.optimizer")
 _TOKENIZER, _TRAINING_TEXT, _HELD_OUT_TEXT = "tokenizer", "training text", "held-out text"
+_CURES = {
+    _TOKENIZER: "restore tokenizer.json",
+    _TRAINING_TEXT: "restore the corpus",
+    _HELD_OUT_TEXT: "restore the corpus",
+}
 
 
 def make_seal(config: Config, dataset: Dataset) -> dict[str, str]:
     """The seal of a checkpoint that is trained with these settings on this data."""
     held_out = "" if dataset.held_out is None else dataset.held_out.content_hash()
-    return {
-        **{name: json.dumps(value) for name, value in _settings(config).items() if is_sealed(name)},
+    return seal_of_settings(config) | {
         _TOKENIZER: dataset.tokenizer.fingerprint,
         _TRAINING_TEXT: dataset.train.content_hash(),
         _HELD_OUT_TEXT: held_out,
+    }
+
+
+def seal_of_settings(config: Config) -> dict[str, str]:
+    """The part of a seal that the settings alone make."""
+    return {
+        f"{section}.{name}": json.dumps(value)
+        for section, content in configs.to_dict(config).items()
+        for name, value in content.items()
+        if is_sealed(f"{section}.{name}")
     }
 
 
@@ -33,45 +54,42 @@ def is_sealed(name: str) -> bool:
     return name.startswith("model.") or name in _SEALED
 
 
-def unlike(seal: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """What differs between a checkpoint's seal and one made now, in words; [] if they agree.
-
-    What only one of them knows does not count: a setting may be older or younger than the checkpoint.
-    """
-    told = []
-    for name in seal.keys() & other.keys():
-        if seal[name] == other[name]:
-            continue
-        if name in (_TRAINING_TEXT, _HELD_OUT_TEXT, _TOKENIZER):
-            told.append(f"the {name} is another")
-        else:
-            told.append(f"{name} was {seal[name]} and is {other[name]}")
-    return sorted(told)
+def newest_seal(run_dir: epath.Path) -> tuple[int, Mapping[str, str]] | None:
+    """The newest step whose seal can be read, and the seal; None where no checkpoint has one."""
+    folder = absolute(run_dir / CHECKPOINTS_FOLDER)
+    for step in reversed(steps_in(folder)):
+        with contextlib.suppress(DamagedError):
+            seal = read_seal(folder, step)
+            if seal is not None:
+                return step, seal
+    return None
 
 
-def must_fit(seal: Mapping[str, str] | None, other: Mapping[str, str], *, run: str, step: int) -> None:
-    """See that a run's folder and data still are what its checkpoint was trained with.
+def must_fit(sealed: tuple[int, Mapping[str, str]] | None, other: Mapping[str, str], run: object) -> None:
+    """See that a run's folder and data still are what its checkpoints were trained with.
+
+    What only one of the seals knows does not count: a setting may be older or younger than the checkpoint.
 
     Args:
-      seal: the checkpoint's; None: an older one, which has none.
-      other: that of the settings and data as they are now.
+      sealed: as `newest_seal` has it.
+      other: the seal, or a part of it, of the settings and data as they are now.
       run: the run's folder, for the message.
-      step: the checkpoint's.
 
     Raises:
       ValueError: they are not; one line with what changed.
     """
-    changed = [] if seal is None else unlike(seal, other)
-    if changed:
-        raise ValueError(
-            f"{run} is no longer what its checkpoint of step {step} was trained with: {', '.join(changed)}; "
-            "restore config.json, tokenizer.json or the corpus, or train under another --name"
-        )
-
-
-def _settings(config: Config) -> dict[str, object]:
-    return {
-        f"{section}.{name}": value
-        for section, content in configs.to_dict(config).items()
-        for name, value in content.items()
-    }
+    if sealed is None:
+        return
+    step, seal = sealed
+    changed = sorted(name for name in seal.keys() & other.keys() if seal[name] != other[name])
+    if not changed:
+        return
+    told = ", ".join(
+        f"the {name} is another" if name in _CURES else f"{name} was {seal[name]} and is {other[name]}"
+        for name in changed
+    )
+    cures = dict.fromkeys(_CURES.get(name, "restore config.json") for name in changed)
+    raise ValueError(
+        f"{run} is no longer what its checkpoint of step {step} was trained with: {told}; "
+        f"{' and '.join(cures)}, or train under another --name"
+    )

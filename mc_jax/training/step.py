@@ -47,6 +47,13 @@ def init_state(parameters: Parameters, optimizer: optax.GradientTransformation) 
     return TrainState(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
 
 
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every floating-point number of a tree is finite."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
 def token_losses(
     model: Any, batch: Batch, top_k: jax.Array | None = None, *, remat: Remat = "none"
 ) -> jax.Array:

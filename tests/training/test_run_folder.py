@@ -1,72 +1,16 @@
-"""A run's folder: one training at a time, begun whole, gone on with, never lost by mistake."""
+"""A run's folder: begun whole, gone on with, never lost by mistake."""
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
-import json
 import os
-import subprocess
-import sys
 
 import pytest
-from etils import epath
+from run_folders import names, open_once, train_to, with_training
 
 from mc_jax import config as configs
-from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
-from mc_jax.data.prepare import prepare
-from mc_jax.training import lock as locks
-from mc_jax.training.lock import LOCK_FILE, RunLock
+from mc_jax.training.lock import LOCK_FILE
 from mc_jax.training.run_folder import opened
 from mc_jax.training.stages import STAGES_FILE, read_stages
-
-WORDS = "the sea was calm and the wind came from the west; she walked along the shore. "
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "text.txt").write_text(WORDS * 20)
-    prepare([folder / "text.txt"], folder / "corpus", tokenizer="bytes")
-    return folder / "corpus"
-
-
-@pytest.fixture
-def config(corpus):
-    return Config(
-        model=ModelConfig(
-            num_layers=1, model_dim=16, num_heads=2, mlp_dim=32, segment_length=16, chunk_length=8
-        ),
-        data=DataConfig(corpus=str(corpus), tokenizer=None, context_length=64),
-        training=TrainingConfig(steps=40, batch_size=4, warmup_steps=4),
-        evaluation=EvaluationConfig(sample_tokens=8),
-    )
-
-
-@pytest.fixture
-def run(tmp_path):
-    return epath.Path(tmp_path / "runs" / "x")
-
-
-def with_training(config: Config, **values) -> Config:
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, **values))
-
-
-def open_once(run, config, *, overwrite=False, step=0) -> int:
-    """Open a run's folder as its training does, and return the rows that were read before."""
-    with opened(run, config, overwrite=overwrite) as folder:
-        return folder.begin(step)
-
-
-def train_to(run, step: int) -> None:
-    """Leave what a training leaves behind after some steps."""
-    (run / "checkpoints" / str(step) / "state").mkdir(parents=True)
-    (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(1, step + 1)))
-
-
-def names(run) -> set[str]:
-    return {entry.name for entry in run.iterdir()}
-
 
 WHOLE = {"config.json", "tokenizer.json", STAGES_FILE}
 
@@ -76,101 +20,6 @@ def test_a_folder_holds_a_run_and_no_lock_after_it_was_opened(run, config):
         assert names(run) == WHOLE | {LOCK_FILE}
     assert names(run) == WHOLE
     assert configs.from_json((run / "config.json").read_text()) == config
-
-
-# One training at a time
-
-
-HOLDER = """
-import fcntl, json, os, socket, sys
-with open(sys.argv[1], "w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": "now", "nonce": "a"}, file)
-    file.flush()
-    print(flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextlib.contextmanager
-def held_elsewhere(run):
-    """Another process that holds the lock."""
-    run.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-S", "-c", HOLDER, os.fspath(run / LOCK_FILE)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield process
-        process.kill()
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_second_training_of_a_name_is_refused_and_loses_nothing(run, config, overwrite):
-    open_once(run, config)
-    train_to(run, 10)
-    with held_elsewhere(run) as holder:
-        before = {name: (run / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
-        with pytest.raises(ValueError, match=rf"^process {holder.pid} on .* trains .*x; wait until it ends"):
-            open_once(run, config, overwrite=overwrite)
-        assert {name: (run / name).read_bytes() for name in before} == before
-        assert (run / LOCK_FILE).exists()
-    open_once(run, config)
-
-
-def test_a_killed_holder_s_lock_is_free_at_once(run, config):
-    with held_elsewhere(run) as holder:
-        holder.kill()
-        holder.wait()
-        assert (run / LOCK_FILE).exists()
-        open_once(run, config)
-    assert names(run) == WHOLE
-
-
-def no_flock(*_):
-    raise OSError(errno.ENOTSUP, "no locks here")
-
-
-def written_by_another_host(run):
-    run.mkdir(parents=True, exist_ok=True)
-    (run / LOCK_FILE).write_text(json.dumps({"host": "node7", "pid": 3, "since": "then", "nonce": "a"}))
-
-
-@pytest.mark.parametrize("has_flock", [True, False])
-def test_a_holder_on_another_host_that_no_longer_beats_is_dead(run, monkeypatch, capsys, has_flock):
-    if not has_flock:
-        monkeypatch.setattr(fcntl, "flock", no_flock)
-    written_by_another_host(run)
-    with RunLock(run, between_beats=0.02, to_die=0.1):
-        assert json.loads((run / LOCK_FILE).read_text())["pid"] == os.getpid()
-    assert "process 3 on node7 (since then) had" in capsys.readouterr().out
-
-
-def test_a_holder_that_beats_is_alive_where_there_is_no_flock(run, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", no_flock)
-    second = RunLock(run, between_beats=0.02, to_die=1.0)
-    refused = pytest.raises(ValueError, match=rf"^process {os.getpid()} on .* trains")
-    with RunLock(run, between_beats=0.02, to_die=1.0), refused, second:
-        pass
-    assert not run.exists(), "an empty folder that the lock made goes with it"
-
-
-def test_a_holder_that_slept_notices_who_took_over(run, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", no_flock)
-    with RunLock(run, between_beats=0.02, to_die=1.0) as lock:
-        lock.check()
-        written_by_another_host(run)
-        lock._beats.join(timeout=5)
-        with pytest.raises(ValueError, match=r"^process 3 on node7"):
-            lock.check()
-    assert (run / LOCK_FILE).exists(), "the other's lock stays"
-
-
-def test_a_run_in_a_folder_that_was_deleted_or_moved_ends_in_one_line(run, config):
-    with opened(run, config, overwrite=False) as folder:
-        folder.check()
-        run.rename(run.parent / "y")
-        with pytest.raises(ValueError, match="x was deleted or moved while it trained"):
-            folder.check()
 
 
 # Begun whole
@@ -379,11 +228,3 @@ def test_damaged_stages_are_named(run, config):
         (run / STAGES_FILE).write_text(text)
         with pytest.raises(ValueError, match=r"stages\.json is damaged"):
             open_once(run, config)
-
-
-def test_beats_confirm_the_holder_without_a_second_file(run):
-    with RunLock(run, between_beats=0.01, to_die=1.0) as lock:
-        first = (run / LOCK_FILE).read_text()
-        assert not locks._now() < json.loads(first)["refreshed"]
-        lock.check()
-        assert names(run) == {LOCK_FILE}

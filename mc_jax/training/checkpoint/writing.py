@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -25,7 +24,7 @@ from mc_jax.training.checkpoint.folder import (
     delete_unfinished,
 )
 from mc_jax.training.checkpoint.reading import STATE, Loaded, MustFit, Seal, load_newest, read_seal
-from mc_jax.training.step import TrainState
+from mc_jax.training.step import TrainState, all_finite
 
 # TensorStore raises a ValueError for what the system refuses.
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
@@ -125,7 +124,7 @@ class Checkpoints:
             return
         assert self._is_open, "restore first"
         self._finish_writing()
-        is_finite = _is_finite((state, metrics))
+        is_finite = all_finite((state, metrics))
         tree: Any = state._asdict()
         try:
             response = ocp.save_async(
@@ -236,9 +235,3 @@ class Checkpoints:
 def _is_no_page_of_a_thread(record: logging.LogRecord) -> bool:
     """Whether it is not a traceback out of Orbax's threads: the error comes to us, and is told in a line."""
     return "_SignalingThread.run() raised" not in str(record.msg)
-
-
-@jax.jit
-def _is_finite(tree: Any) -> jax.Array:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
