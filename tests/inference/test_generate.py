@@ -30,6 +30,13 @@ def test_greedy_generation_is_what_the_parallel_form_finds_likeliest():
         np.testing.assert_array_equal(row, np.argmax(logits[len(prompt) - 1 : -1], axis=-1))
 
 
+def test_logits_that_are_no_numbers_are_an_error_not_a_token():
+    graph, parameters = nnx.split(_model())
+    broken = nnx.merge(graph, jax.tree.map(lambda x: x * jnp.nan, parameters))
+    with pytest.raises(ValueError, match="the logits of token 1 after prompt 1 are not finite"):
+        generate(broken, [np.array([1, 2])], tokens=12)
+
+
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_wherever_and_however_memories_are_kept_the_text_is_the_same(place):
     model = _model(aggregation="sparse", top_k=1, num_layers=2)
