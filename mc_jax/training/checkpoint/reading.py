@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +23,6 @@ STATE = "state"
 
 type Seal = Mapping[str, str] | None
 """What a run was made of, as `Checkpoints` was told; None: the checkpoint is older than seals."""
-
-type MustFit = Callable[[int, Seal], None]
-"""Raises a ValueError if a checkpoint of this step and seal is not to be loaded."""
 
 # Within it a reader is lucky once, however fast a training replaces its checkpoints.
 _SECONDS_OF_PATIENCE = 60.0
@@ -48,7 +45,7 @@ class _Found(NamedTuple):
     """Newer ones."""
 
 
-def load_newest(run_dir: epath.Path, like: TrainState, must_fit: MustFit | None = None) -> Loaded | None:
+def load_newest(run_dir: epath.Path, like: TrainState) -> Loaded | None:
     """Read the newest checkpoint that is whole; a line on stderr names newer ones, and why they are no use.
 
     Several processes must all call it; each checks a share of the files.
@@ -56,7 +53,6 @@ def load_newest(run_dir: epath.Path, like: TrainState, must_fit: MustFit | None 
     Args:
       run_dir: the run's folder.
       like: arrays, or their shapes, with structure, dtypes and shardings of the state.
-      must_fit: looks at step and seal before the state is loaded.
 
     Returns:
       None where no checkpoint was ever finished.
@@ -69,7 +65,7 @@ def load_newest(run_dir: epath.Path, like: TrainState, must_fit: MustFit | None 
     deadline = time.monotonic() + _SECONDS_OF_PATIENCE
     while (found := _newest(folder, damaged)) is not None:
         try:
-            loaded = _load(folder, found, like, must_fit)
+            loaded = _load(folder, found, like)
         except DamagedError as damage:
             if told_by_first("here" if _is_here(folder, found) else "gone") == "here":
                 damaged[found.step] = str(damage)
@@ -124,7 +120,7 @@ def _is_here(folder: epath.Path, found: _Found) -> bool:
     return (folder / str(found.step)).exists() and kind_of(folder, found.step) is found.kind
 
 
-def _load(folder: epath.Path, found: _Found, like: TrainState, must_fit: MustFit | None) -> Loaded:
+def _load(folder: epath.Path, found: _Found, like: TrainState) -> Loaded:
     step_folder = folder / str(found.step)
     seal, problem = None, ""
     if found.kind is Kind.SAVED:
@@ -139,8 +135,6 @@ def _load(folder: epath.Path, found: _Found, like: TrainState, must_fit: MustFit
         problem = first_of_all(problem)
     if problem:
         raise DamagedError(problem)
-    if must_fit is not None:
-        must_fit(found.step, seal)
     abstract: Any = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
     )

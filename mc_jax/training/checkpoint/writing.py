@@ -23,7 +23,7 @@ from mc_jax.training.checkpoint.folder import (
     delete_but_newest,
     delete_unfinished,
 )
-from mc_jax.training.checkpoint.reading import STATE, Loaded, MustFit, Seal, load_newest, read_seal
+from mc_jax.training.checkpoint.reading import STATE, Loaded, Seal, load_newest
 from mc_jax.training.step import TrainState, all_finite
 
 # TensorStore raises a ValueError for what the system refuses.
@@ -93,12 +93,12 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     delete_unfinished(self.folder)
 
-    def restore(self, like: TrainState, must_fit: MustFit | None = None) -> Loaded | None:
+    def restore(self, like: TrainState) -> Loaded | None:
         """Read the newest whole checkpoint, and clear away what a kill or damage has left of newer ones.
 
-        The arguments, and errors, are those of `load_newest`.
+        Arguments and errors are those of `load_newest`.
         """
-        loaded = load_newest(self._run_dir, like, must_fit)
+        loaded = load_newest(self._run_dir, like)
         start = 0 if loaded is None else loaded.step
         first_decides(lambda: clear_after(self.folder, start))
         self._newest = start or None
@@ -167,10 +167,6 @@ class Checkpoints:
         else:
             cure = f"only the checkpoint of step {self._newest} is there, finite but just before it: {again}"
         return FloatingPointError(f"{what}; {cure}")
-
-    def seal(self, step: int) -> Seal:
-        """What a checkpoint's run was made of; None for checkpoints that are older than seals."""
-        return read_seal(self.folder, step)
 
     def _write_down(self, step: int, response: Any, is_finite: jax.Array, loss: jax.Array) -> Digest | None:
         """Wait for Orbax, and see that all is finite and on the disk."""
