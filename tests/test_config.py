@@ -55,6 +55,8 @@ FIELDS = (
     "mesh.fsdp",
     "mesh.sequence",
     "mesh.tensor",
+    "evaluation.every",
+    "evaluation.tokens",
     "evaluation.stride",
     "evaluation.batch_size",
     "evaluation.sample_prompt",

@@ -74,6 +74,11 @@ def validate(config: Config) -> Config:
             f"data.vocab_size {data.vocab_size} has no effect with data.tokenizer {data.tokenizer!r}; "
             "set data.tokenizer to 'bpe' or data.vocab_size to None"
         )
+    if evaluation.tokens is not None and evaluation.every is None:
+        raise ConfigError(
+            f"evaluation.tokens {evaluation.tokens} has no effect without evaluation.every; "
+            "set evaluation.every, for example to 100, or evaluation.tokens to None"
+        )
     if evaluation.stride is not None and evaluation.stride > data.context_length:
         raise ConfigError(
             f"evaluation.stride {evaluation.stride} is more than data.context_length {data.context_length}; "

@@ -143,8 +143,12 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """The held-out result and the sample at a run's end."""
+    """The held-out results while a run trains and at its end, and the sample of its report."""
 
+    every: int | None = None
+    """Optimizer steps between held-out results while training, the last step's too; None: at the end alone."""
+    tokens: int | None = None
+    """Held-out tokens of each of these, spread evenly over the text; None: all, as at the end."""
     stride: int | None = None
     """Tokens scored per window of a long document, the rest of it being context; None: half a window."""
     batch_size: int = 8

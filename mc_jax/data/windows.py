@@ -13,7 +13,7 @@ from mc_jax.data.store import TokenStore
 
 
 def evaluation_windows(
-    store: TokenStore, *, context_length: int, stride: int, batch_size: int
+    store: TokenStore, *, context_length: int, stride: int, batch_size: int, every: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of windows in which loss_mask is 1 on every (input, target) pair of the store exactly once.
 
@@ -26,6 +26,7 @@ def evaluation_windows(
       context_length: T, tokens in a window.
       stride: pairs scored in each but a document's first window; from 1 to context_length.
       batch_size: B; the last batch is filled with windows that are padding alone.
+      every: n, where of all windows only the first, the n-th after it, and so on are wanted.
 
     Yields:
       inputs, targets, document_ids: int32 [B, T]; loss_mask: float32 [B, T], 1 on pairs to be scored.
@@ -38,14 +39,12 @@ def evaluation_windows(
             f"stride {stride} leaves pairs that no window scores or scores none; "
             f"set it from 1 to context_length, {context_length}"
         )
-    return _batches(store, context_length, stride, batch_size)
+    wanted = itertools.islice(_windows(store, context_length, stride), 0, None, every)
+    return _batches(wanted, empty_example(store, context_length), batch_size)
 
 
-def _batches(
-    store: TokenStore, context_length: int, stride: int, batch_size: int
-) -> Iterator[dict[str, np.ndarray]]:
-    padding = empty_example(store, context_length)
-    for windows in itertools.batched(_windows(store, context_length, stride), batch_size):
+def _batches(wanted: Iterator[Example], padding: Example, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    for windows in itertools.batched(wanted, batch_size):
         filled = [*windows, *[padding] * (batch_size - len(windows))]
         yield {name: np.stack([window[name] for window in filled]) for name in padding}
 

@@ -58,15 +58,21 @@ DARK = Theme(
 
 
 def loss_curve(
-    steps: np.ndarray, loss: np.ndarray, bits_per_nat: float, held_out: float | None, theme: Theme
+    steps: np.ndarray,
+    loss: np.ndarray,
+    bits_per_nat: float,
+    held_out: float | None,
+    measured: tuple[np.ndarray, np.ndarray],
+    theme: Theme,
 ) -> str:
-    """Training loss over steps, every step faint and a running mean strong.
+    """Training loss over steps, every step faint and a running mean strong, and held-out loss.
 
     Args:
       steps: [n], rising.
       loss: [n], nats per token, finite.
       bits_per_nat: Bits per byte for one nat per token, the right axis over the left.
       held_out: Loss on held-out text at the end, a dashed line; None: no line.
+      measured: Steps and held-out losses while training, two arrays of one length, 0 where there are none.
       theme: Colours.
     """
     with matplotlib.rc_context(_style(theme)):
@@ -81,6 +87,9 @@ def loss_curve(
             linewidth=2,
             label=f"mean of {window} steps",
         )
+        if len(measured[0]):
+            dots = {"marker": "o", "markersize": 4, "linewidth": 1.4}
+            axes.plot(*measured, color=theme.held_out, label="held-out", **dots)
         if held_out is not None:
             label = f"held-out, at the end: {held_out:.3f}"
             axes.axhline(held_out, color=theme.held_out, linewidth=1.4, linestyle=(0, (5, 3)), label=label)
@@ -102,7 +111,7 @@ def loss_curve(
         right.set_ylabel("bits per byte")
         _plain_ticks(right.yaxis)
         right.spines["right"].set_visible(False)
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderaxespad=0.2)
         return _svg(figure)
 
 

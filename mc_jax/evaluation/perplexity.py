@@ -2,16 +2,13 @@
 
 import math
 
-import jax
-import numpy as np
 from etils import epath
-from flax import nnx
 
 from mc_jax.data.store import TokenStore
-from mc_jax.data.windows import evaluation_windows
 from mc_jax.nn import LanguageModel
+from mc_jax.training.held_out import HeldOut, windows_of
 from mc_jax.training.run import Run, load_run
-from mc_jax.training.step import token_losses
+from mc_jax.training.step import split_model
 
 
 def evaluate(
@@ -33,24 +30,14 @@ def evaluate(
       loss (nats per token), perplexity, bits_per_byte (of the text, whatever the tokenizer), tokens,
       bytes, documents.
     """
-    graph, parameters = nnx.split(model)
-
-    @jax.jit
-    def losses_of(parameters, batch):
-        return token_losses(nnx.merge(graph, parameters), batch)
-
-    # Sums in float64 on the host: a novel has hundreds of thousands of terms.
-    total, tokens = 0.0, 0
-    for batch in evaluation_windows(
-        store, context_length=context_length, stride=stride, batch_size=batch_size
-    ):
-        total += float(np.asarray(losses_of(parameters, batch), np.float64).sum())
-        tokens += int(batch["loss_mask"].sum())
+    graph, parameters = split_model(model)
+    held_out = HeldOut(graph, store, context_length=context_length, stride=stride, batch_size=batch_size)
+    loss = held_out.loss(parameters)
     return {
-        "loss": total / tokens,
-        "perplexity": math.exp(total / tokens),
-        "bits_per_byte": total / math.log(2) / store.num_bytes,
-        "tokens": tokens,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": held_out.bits_per_byte(loss),
+        "tokens": store.num_pairs,
         "bytes": store.num_bytes,
         "documents": len(store),
     }
@@ -66,14 +53,7 @@ def evaluate_held_out(run: Run) -> dict[str, float]:
         raise ValueError(
             f"the data of {run.folder} has no held-out part; give one to mc-jax prepare with --held-out"
         )
-    context_length = run.config.data.context_length
-    return evaluate(
-        run.model,
-        run.dataset.held_out,
-        context_length=context_length,
-        stride=run.config.evaluation.stride or max(1, context_length // 2),
-        batch_size=run.config.evaluation.batch_size,
-    )
+    return evaluate(run.model, run.dataset.held_out, **windows_of(run.config))
 
 
 def evaluate_run(run_dir: epath.PathLike) -> dict[str, float]:

@@ -54,7 +54,8 @@ def write_report(
       run_dir: The run's folder, as the commands in the report name it.
       title: Heading, for example the run's name.
       config_differences: (value, default) of each config field that differs from its default.
-      metrics: One dict a step, as `read_metrics` gives them; step, loss and bits_per_byte are drawn.
+      metrics: One dict a step, as `read_metrics` gives them; step, loss, bits_per_byte
+        and, where it is there, held_out_loss are drawn.
       held_out: loss (nats per token), perplexity (per token), bits_per_byte, tokens, bytes; None: not
         measured.
       sample_prompt: What the sample goes on from.
@@ -118,6 +119,8 @@ def _loss(plots: Any, metrics: list[dict[str, Any]], held_out: dict[str, float] 
     loss = np.array([line["loss"] for line in finite], float)
     bits_per_byte = np.array([line["bits_per_byte"] for line in finite], float)
     held_out_loss = None if held_out is None else held_out["loss"]
+    lines = [line for line in finite if math.isfinite(line.get("held_out_loss", math.nan))]
+    measured = np.array([line["step"] for line in lines]), np.array([line["held_out_loss"] for line in lines])
     alternative = (
         f"Training loss over steps {steps[0]:,} to {steps[-1]:,}, "
         f"from {loss[0]:.3f} to {loss[-1]:.3f} nats per token"
@@ -125,6 +128,8 @@ def _loss(plots: Any, metrics: list[dict[str, Any]], held_out: dict[str, float] 
     if held_out_loss is not None:
         alternative += f"; held-out loss at the end {held_out_loss:.3f}"
     caption = "Loss of each training step and its running mean."
+    if lines:
+        caption += " Dots: held-out loss at that step, on the part of the text that evaluation.tokens names."
     missing = len(metrics) - len(finite)
     if missing:
         subject = (
@@ -135,7 +140,10 @@ def _loss(plots: Any, metrics: list[dict[str, Any]], held_out: dict[str, float] 
         caption += f" {subject} left out."
     ratio = float(bits_per_byte.mean() / loss.mean())
     return _picture(
-        lambda theme: plots.loss_curve(steps, loss, ratio, held_out_loss, theme), plots, alternative, caption
+        lambda theme: plots.loss_curve(steps, loss, ratio, held_out_loss, measured, theme),
+        plots,
+        alternative,
+        caption,
     )
 
 

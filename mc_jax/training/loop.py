@@ -13,12 +13,13 @@ from mc_jax.data.pipeline import training_batches
 from mc_jax.parallel import local_rows, make_mesh, must_fit, on_mesh
 from mc_jax.training import run
 from mc_jax.training.checkpoint import Checkpoints
+from mc_jax.training.held_out import WhileTraining
 from mc_jax.training.metrics import MetricsLog
 from mc_jax.training.optimizer import annealed_top_k, learning_rate, make_optimizer
 from mc_jax.training.preemption import stops_at
 from mc_jax.training.progress import Progress
 from mc_jax.training.run_folder import opened
-from mc_jax.training.step import make_step
+from mc_jax.training.step import Parameters, make_step
 from mc_jax.training.watchdog import Watchdog
 
 
@@ -59,6 +60,7 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
         # Loss is per token; bits per byte needs the corpus's mean length of a token.
         bytes_per_token = dataset.train.num_bytes / dataset.train.num_pairs
         graph, like = run.abstract_state(config, dataset.tokenizer.vocab_size)
+        held_out = WhileTraining(config, graph, dataset)
         step_fn = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(like.parameters))
         loaded = checkpoints.restore(like)
@@ -90,7 +92,9 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
             seconds = log.seconds if log is not None else 0.0
             clock = time.perf_counter()
 
-            def record(step: int, rate: float, metrics: dict[str, jax.Array]) -> None:
+            def record(
+                step: int, rate: float, metrics: dict[str, jax.Array], weights: Parameters | None = None
+            ) -> None:
                 nonlocal seconds, clock
                 loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
                 now = time.perf_counter()
@@ -106,6 +110,11 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
                     "tokens_per_second": settings.batch_size * config.data.context_length / took,
                     "seconds": seconds,
                 }
+                if weights is not None and math.isfinite(loss):
+                    watchdog.done(step, measures=True)
+                    line |= held_out.measure(weights)
+                    now = time.perf_counter()
+                    seconds, clock = seconds + now - clock, now
                 watchdog.done(step)
                 folder.check()
                 if log is not None and progress is not None:
@@ -116,7 +125,7 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
                         raise checkpoints.diverged(f"the {name} of step {step} is {value}")
                 checkpoints.confirm(step)
 
-            pending = None
+            step, pending = start, None
             for step in range(start + 1, settings.steps + 1):
                 rate = learning_rate(settings, step - 1)
                 top_k = None
@@ -130,8 +139,11 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
                 pending = step, rate, metrics
                 is_last = stops_at(step) or step == settings.steps
                 checkpoints.save(step, state, metrics, force=is_last)
+                if held_out.is_due(step):  # now, for the next step takes the weights
+                    record(*pending, state.parameters)
+                    pending = None
                 if is_last:
                     break
             if pending is not None:
                 record(*pending)
-    return start if pending is None else pending[0]
+    return step

@@ -30,6 +30,7 @@ class Progress:
         self._title = title
         self._first: tuple[int, float] | None = None  # step and time of the first update
         self._pending: str | None = None  # the newest line, while it is not printed
+        self._held_out = ""  # the newest result
         self._printed_share = -1
         self._printed_time = 0.0
         # A terminal, not what FORCE_COLOR calls one: a bar would fill a build's log.
@@ -57,15 +58,19 @@ class Progress:
         """Show a finished step.
 
         Args:
-          metrics: step, loss (nats per token), bits_per_byte, tokens_per_second; others are not shown.
+          metrics: step, loss (nats per token), bits_per_byte, tokens_per_second, and of some steps
+            held_out_bits_per_byte; others are not shown.
         """
         now, step = time.monotonic(), int(metrics["step"])
         if self._first is None:
             self._first = step, now
+        is_measured = "held_out_bits_per_byte" in metrics
+        if is_measured:
+            self._held_out = f" · held out {float(metrics['held_out_bits_per_byte']):.3f}"
         numbers = " · ".join(
             (
                 f"loss {float(metrics['loss']):.3f}",
-                f"{float(metrics['bits_per_byte']):.3f} bits/byte",
+                f"{float(metrics['bits_per_byte']):.3f} bits/byte{self._held_out}",
                 f"{_short(float(metrics['tokens_per_second']))} tokens/s",
                 f"{_clock(self._seconds_left(step, now))} left",
             )
@@ -78,7 +83,7 @@ class Progress:
         width = len(str(self._total_steps))
         self._pending = f"step {step:>{width}}/{self._total_steps} · {numbers}"
         share = step * _LINES_IN_A_RUN // self._total_steps
-        if share > self._printed_share or now - self._printed_time >= _SECONDS_BETWEEN_LINES:
+        if is_measured or share > self._printed_share or now - self._printed_time >= _SECONDS_BETWEEN_LINES:
             self._printed_share = share
             self._print_pending(now)
 

@@ -92,7 +92,7 @@ def opened(run_dir: epath.Path, config: Config, *, overwrite: bool) -> Iterator[
                     f"process {jax.process_index()} does not see {path}, which process 0 has; "
                     "set --runs-dir to a folder on a file system that all processes share"
                 )
-            dataset = open_data(config.data, run_dir / TOKENIZER_FILE)
+            dataset = _open_data(config, run_dir / TOKENIZER_FILE)
             seal = make_seal(config, dataset)
             found = OpenRun(run_dir, config, dataset, seal, read_stages(run_dir), None)
         must_agree("text to train on", json.dumps(found.seal))
@@ -110,18 +110,18 @@ def _open(run_dir: epath.Path, config: Config, lock: RunLock, *, overwrite: bool
     if (run_dir / _OVERWRITTEN_FILE).exists():
         _delete(run_dir)
     if overwrite and (run_dir / CONFIG_FILE).exists() and not _is_the_same_command(run_dir, config):
-        open_data(config.data)  # what it refuses must be told before anything is lost
+        _open_data(config)  # what it refuses must be told before anything is lost
         (run_dir / CONFIG_FILE).rename(run_dir / _OVERWRITTEN_FILE)
         _delete(run_dir)
     sealed = newest_seal(run_dir)
     earlier = _earlier(run_dir, config if sealed else None)
     if earlier is None:
-        dataset = open_data(config.data)
+        dataset = _open_data(config)
         stages = _make(run_dir, config, dataset, overwrite)
         return OpenRun(run_dir, config, dataset, make_seal(config, dataset), stages, lock)
     must_fit(sealed, seal_of_settings(earlier), run_dir)
     _must_go_on(run_dir, config, earlier, may_move=sealed is not None)
-    dataset = open_data(config.data, run_dir / TOKENIZER_FILE)
+    dataset = _open_data(config, run_dir / TOKENIZER_FILE)
     seal = make_seal(config, dataset)
     must_fit(sealed, seal, run_dir)
     if overwrite:
@@ -136,6 +136,17 @@ def _open(run_dir: epath.Path, config: Config, lock: RunLock, *, overwrite: bool
         write_text(run_dir / CONFIG_FILE, configs.to_json(config))
     stages = read_stages(run_dir)
     return OpenRun(run_dir, config, dataset, seal, stages if stages.stages else one_stage(earlier), lock)
+
+
+def _open_data(config: Config, tokenizer_path: epath.Path | None = None) -> Dataset:
+    """The data of a training, in which there is all that the config asks for."""
+    dataset = open_data(config.data, tokenizer_path)
+    if config.evaluation.every is not None and dataset.held_out is None:
+        raise ValueError(
+            f"evaluation.every {config.evaluation.every} needs held-out text, and {config.data.corpus} has "
+            "none; let mc-jax prepare split some off, or set evaluation.every to None"
+        )
+    return dataset
 
 
 def _earlier(run_dir: epath.Path, config: Config | None) -> Config | None:

@@ -29,6 +29,7 @@ class Watchdog:
         self._seconds: collections.deque[float] = collections.deque(maxlen=_STEPS_REMEMBERED)
         self._began = time.monotonic()
         self._step: int | None = None  # the last one that was done
+        self._is_measuring = False
         self._is_over = False
         self._changed = threading.Condition()
 
@@ -44,18 +45,21 @@ class Watchdog:
             self._changed.notify()
         self._thread.join()
 
-    def done(self, step: int) -> None:
-        """A step is done, and the next one has begun."""
+    def done(self, step: int, *, measures: bool = False) -> None:
+        """A step is done, and the next one has begun.
+
+        Or something is measured first, which may take as long as the first step: call it again after that.
+        """
         now = time.monotonic()
         with self._changed:
-            if self._step is not None:  # the first one was compiled
+            if self._step is not None and not self._is_measuring:  # the first one was compiled
                 self._seconds.append(now - self._began)
-            self._step, self._began = step, now
+            self._step, self._began, self._is_measuring = step, now, measures
             self._changed.notify()
 
     def _limit(self) -> float:
         """Seconds that the step in hand may take."""
-        if not self._seconds:
+        if self._is_measuring or not self._seconds:
             return self._first
         return max(self._least, _TIMES_THE_USUAL * statistics.median(self._seconds))
 
@@ -73,6 +77,7 @@ class Watchdog:
     def _print(self, limit: float) -> None:
         file = sys.stderr if self._file is None else self._file
         after = "the first step" if self._step is None else f"the step after step {self._step}"
+        after = f"what is measured after step {self._step}" if self._is_measuring else after
         usual = f", and {statistics.median(self._seconds):.3g} s is usual" if self._seconds else ""
         print(
             f"mc-jax: {after} has taken {limit:.3g} s so far{usual}; all threads are here:",

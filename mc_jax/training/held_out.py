@@ -1,0 +1,117 @@
+"""Loss on held-out documents, of a model that is trained or being trained: the same windows, the same code.
+
+Shapes: B windows of a batch, T tokens.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mc_jax.config import Config
+from mc_jax.data.dataset import Dataset
+from mc_jax.data.store import TokenStore
+from mc_jax.data.windows import evaluation_windows
+from mc_jax.parallel import has_mesh, local_rows, on_mesh
+from mc_jax.parallel.compiler import compiler_options
+from mc_jax.parallel.rules import size_of
+from mc_jax.training.step import Parameters, merge_model, token_losses
+
+
+class HeldOut:
+    """Measures a model's weights on a store's documents; compiled once, for the current mesh if there is one.
+
+    A document longer than `context_length` is read in windows that overlap: each scores its last `stride`
+    tokens and reads the rest as context. Every token is scored once, and all weigh the same. All processes of
+    a mesh must call it alike.
+
+    Args:
+      graph: the model's static part.
+      store: the documents.
+      context_length: T, tokens in a window.
+      stride: tokens scored in each but a document's first window.
+      batch_size: B, windows evaluated together, or as many more as fill the mesh's devices.
+      tokens: how many are scored, about, in windows spread evenly over the text; None: all.
+    """
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        store: TokenStore,
+        *,
+        context_length: int,
+        stride: int,
+        batch_size: int,
+        tokens: int | None = None,
+    ):
+        self._store = store
+        self._batch_size = -(-batch_size // size_of("batch")) * size_of("batch")
+        self._windows = {
+            "context_length": context_length,
+            "stride": stride,
+            "batch_size": self._batch_size,
+            "every": 1 if tokens is None else max(1, -(-store.num_pairs // tokens)),
+        }
+        self._rows = local_rows(self._batch_size) if has_mesh() else None
+
+        def losses_of(parameters: Parameters, batch: Mapping[str, jax.Array]) -> jax.Array:
+            return token_losses(merge_model(graph, parameters), batch)
+
+        # Every process reads the losses of all windows.
+        whole = jax.NamedSharding(jax.sharding.get_mesh(), jax.P()) if has_mesh() else None
+        options = compiler_options() if has_mesh() else None
+        self._losses = jax.jit(losses_of, out_shardings=whole, compiler_options=options)
+
+    def loss(self, parameters: Parameters) -> float:
+        """Nats per token."""
+        # Sums in float64 on the host: a novel has hundreds of thousands of terms.
+        total, tokens = 0.0, 0
+        for batch in evaluation_windows(self._store, **self._windows):
+            tokens += int(batch["loss_mask"].sum())
+            if self._rows is not None:
+                batch = on_mesh({name: rows[self._rows] for name, rows in batch.items()}, self._batch_size)
+            total += float(np.asarray(self._losses(parameters, batch), np.float64).sum())
+        return total / tokens
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Nats per token as bits per byte of the text, whatever the tokenizer."""
+        return loss / math.log(2) * self._store.num_pairs / self._store.num_bytes
+
+
+class WhileTraining:
+    """The held-out results of a training, every so many of its steps, as its config says.
+
+    They are on a part of the text, if the config says so, and the same part each time. Sparse reads have the
+    config's top_k, though it be annealed in training.
+    """
+
+    def __init__(self, config: Config, graph: nnx.GraphDef, dataset: Dataset):
+        self._every, self._steps = config.evaluation.every, config.training.steps
+        self._held_out = None
+        if self._every is None:
+            return
+        assert dataset.held_out is not None, "run_folder has looked"
+        windows = windows_of(config)
+        self._held_out = HeldOut(graph, dataset.held_out, tokens=config.evaluation.tokens, **windows)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a result follows this step: every n-th, and the last."""
+        return self._every is not None and (step % self._every == 0 or step == self._steps)
+
+    def measure(self, parameters: Parameters) -> dict[str, float]:
+        """What the metrics say of it: held_out_loss (nats per token) and held_out_bits_per_byte."""
+        assert self._held_out is not None
+        loss = self._held_out.loss(parameters)
+        return {"held_out_loss": loss, "held_out_bits_per_byte": self._held_out.bits_per_byte(loss)}
+
+
+def windows_of(config: Config) -> dict[str, int]:
+    """The windows that a config names, as arguments of `HeldOut`."""
+    context_length = config.data.context_length
+    return {
+        "context_length": context_length,
+        "stride": config.evaluation.stride or max(1, context_length // 2),
+        "batch_size": config.evaluation.batch_size,
+    }
