@@ -146,7 +146,7 @@ class EvaluationConfig:
     """The held-out results while a run trains and at its end, and the sample of its report."""
 
     every: int | None = None
-    """Optimizer steps between held-out results while training, the last step's too; None: at the end alone."""
+    """Steps between held-out results while training, which the last one has too; None: at the end alone."""
     tokens: int | None = None
     """Held-out tokens of each of these, spread evenly over the text; None: all, as at the end."""
     stride: int | None = None

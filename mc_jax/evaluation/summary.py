@@ -10,6 +10,7 @@ from mc_jax import config as configs
 from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.evaluation.perplexity import evaluate_held_out
 from mc_jax.evaluation.report import RouterPicture, write_report
+from mc_jax.evaluation.result import write_result
 from mc_jax.inference.generate import continue_text
 from mc_jax.training.metrics import read_metrics
 from mc_jax.training.run import Run, load_run
@@ -20,7 +21,7 @@ _TOP_P = 0.95
 
 
 def summarize_run(run_dir: epath.PathLike) -> dict[str, float] | None:
-    """Write `report.html` into a run's folder; return the held-out result, None without held-out data.
+    """Write `result.json` and `report.html` into a run's folder; return the held-out result, if there is one.
 
     Of several processes, which must all call it, the first one does the work on a device of its own, as a
     single process would; the others have no result.
@@ -34,6 +35,7 @@ def summarize_run(run_dir: epath.PathLike) -> dict[str, float] | None:
     held_out = None if run.dataset.held_out is None else evaluate_held_out(run)
     metrics = read_metrics(run.folder)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(run.model)))
+    write_result(run, held_out, metrics, parameters)
     prompt = run.config.evaluation.sample_prompt
     sample = ""
     if run.config.evaluation.sample_tokens:

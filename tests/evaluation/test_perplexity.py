@@ -10,8 +10,11 @@ from mc_jax.config import ModelConfig
 from mc_jax.data.documents import Document, tokenize
 from mc_jax.data.store import memory_store
 from mc_jax.data.tokenizer import ByteTokenizer
+from mc_jax.data.windows import evaluation_windows
 from mc_jax.evaluation.perplexity import evaluate
 from mc_jax.nn import LanguageModel
+from mc_jax.training.held_out import HeldOut
+from mc_jax.training.step import split_model, token_losses
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +62,18 @@ def test_the_number_of_windows_in_a_batch_changes_nothing(store, model):
     one = evaluate(model, store, context_length=32, stride=8, batch_size=1)
     five = evaluate(model, store, context_length=32, stride=8, batch_size=5)
     np.testing.assert_allclose(one["loss"], five["loss"], rtol=1e-6)
+
+
+def test_a_part_of_the_text_is_every_nth_window_of_it(store, model):
+    graph, parameters = split_model(model)
+    windows = {"context_length": 32, "stride": 8, "batch_size": 4}
+    batches = list(evaluation_windows(store, **windows | {"batch_size": 1}))
+    losses = jax.jit(lambda batch: token_losses(model, batch))
+    chosen = batches[::3]
+    expected = sum(float(losses(batch).sum()) for batch in chosen) / sum(
+        float(batch["loss_mask"].sum()) for batch in chosen
+    )
+    part = HeldOut(graph, store, tokens=store.num_pairs // 3 + 1, **windows)
+    np.testing.assert_allclose(part.loss(parameters), expected, rtol=1e-6)
+    whole = HeldOut(graph, store, tokens=store.num_pairs, **windows)
+    assert whole.loss(parameters) == HeldOut(graph, store, **windows).loss(parameters)

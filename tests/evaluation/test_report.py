@@ -209,6 +209,16 @@ def test_steps_without_a_finite_loss_are_left_out_and_counted(tmp_path):
     assert "1 step whose loss was not finite is left out" in page.text
 
 
+def test_held_out_losses_while_training_are_dots_in_the_curve(tmp_path):
+    metrics = _metrics(10)
+    metrics[4] |= {"held_out_loss": 2.5, "held_out_bits_per_byte": 3.6}
+    metrics[9] |= {"held_out_loss": math.nan, "held_out_bits_per_byte": math.nan}
+    page = _Page(_write(tmp_path / "run", router="There is none.", metrics=metrics).read_text())
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", _pictures(page)[0])
+    assert "held-out" in labels
+    assert "Dots: held-out loss" in page.text
+
+
 def test_long_runs_keep_their_peaks_and_a_small_picture():
     from mc_jax.evaluation import _plots
 

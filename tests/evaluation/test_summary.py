@@ -4,7 +4,9 @@ Pairwise rather than all with all: what a train step and a read do in each pairi
 """
 
 import dataclasses
+import datetime
 import json
+import subprocess
 from typing import get_args
 
 import jax
@@ -23,10 +25,13 @@ from mc_jax.config import (
 )
 from mc_jax.data.prepare import prepare
 from mc_jax.evaluation.perplexity import evaluate_run
+from mc_jax.evaluation.result import commit_of, write_result
 from mc_jax.evaluation.summary import summarize_run
 from mc_jax.inference.generate import generate_run
 from mc_jax.parallel import make_mesh
 from mc_jax.training.loop import train
+from mc_jax.training.metrics import read_metrics
+from mc_jax.training.run import load_run
 
 
 def _cases() -> dict[str, Config]:
@@ -88,7 +93,9 @@ def _tiny(config: Config, corpus) -> Config:
             model=model,
             data=DataConfig(corpus=str(corpus), tokenizer=None, context_length=32),
             training=training,
-            evaluation=EvaluationConfig(batch_size=2, sample_tokens=3, sample_prompt="she"),
+            evaluation=EvaluationConfig(
+                every=1, tokens=30, batch_size=2, sample_tokens=3, sample_prompt="she"
+            ),
         )
     )
 
@@ -100,6 +107,9 @@ def test_a_model_trains_to_its_report(name, corpus, tmp_path):
     result = summarize_run(tmp_path / "run")
     assert result is not None
     assert result["tokens"] == 77
+    measured = [line["held_out_bits_per_byte"] for line in read_metrics(tmp_path / "run")]
+    assert all(0 < bits < 10 for bits in measured)
+    assert len(measured) == 2
     page = (tmp_path / "run" / "report.html").read_text()
     kinds = config.model.layer_pattern
     routed = "memory" in kinds and config.model.aggregation in ("gated", "soup", "sparse")
@@ -110,7 +120,9 @@ def test_a_model_trains_to_its_report(name, corpus, tmp_path):
 def test_a_model_without_memory_layers_is_measured_and_goes_on_with_a_text(corpus, tmp_path):
     config = _tiny(CASES["paper-170m-transformer"], corpus)
     train(config, tmp_path / "run")
-    assert json.loads(json.dumps(evaluate_run(tmp_path / "run")))["tokens"] == 77
+    summarize_run(tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["held_out"] == evaluate_run(tmp_path / "run"), "mc-jax eval prints what the run found"
     text = generate_run(tmp_path / "run", "she", tokens=3, temperature=0.0, top_p=1.0, seed=0)
     assert isinstance(text, str)
 
@@ -126,3 +138,33 @@ def test_the_cases_leave_no_memory_aggregation_or_layer_out():
     ):
         left_out = set(get_args(names)) - {getattr(model, field) for model in with_memory}
         assert not left_out, f"no case of this file trains {field} {left_out} to its report"
+
+
+def test_the_result_tells_what_it_is_of(corpus, tmp_path):
+    config = _tiny(CASES["paper-170m-transformer"], corpus)
+    train(config, tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    path = write_result(run, None, read_metrics(run.folder), 123)
+    result = json.loads(path.read_text())
+    assert (result["step"], result["parameters"], result["held_out"]) == (2, 123, None)
+    assert result["hashes"]["tokenizer"] == run.dataset.tokenizer.fingerprint
+    assert set(result["hashes"]) >= {"config", "training_text", "held-out_text"}
+    assert result["training"]["loss"] > 0
+    assert result["versions"]["jax"] == jax.__version__
+    assert datetime.datetime.fromisoformat(result["date"]).tzinfo is not None
+
+
+def test_the_commit_is_told_of_a_checkout_alone(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    assert commit_of(tmp_path) is None
+    subprocess.run([*git, "init", "-q"], check=True)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "file").write_text("1")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    commit = commit_of(tmp_path)
+    assert commit is not None
+    assert len(commit) == 40
+    assert commit_of(tmp_path / "package") is None, "a package within another repository has none"
+    (tmp_path / "package" / "file").write_text("2")
+    assert commit_of(tmp_path) == commit + "+"

@@ -82,10 +82,23 @@ def must_be_the_same(steps: list[dict], whole: list[dict]) -> None:
             assert line[name] == pytest.approx(expected[name], rel=relative), f"{name} of step {line['step']}"
 
 
+def must_have_measured(workplace: pathlib.Path, name: str) -> None:
+    """See that the processes together measured what one alone did at the end, on the same text."""
+    result = json.loads((workplace / "runs" / name / "result.json").read_text())
+    measured = {line["step"]: line for line in steps_of(workplace, name) if "held_out_loss" in line}
+    assert list(measured) == [20, STEPS]
+    for field in ("loss", "bits_per_byte"):
+        assert measured[STEPS][f"held_out_{field}"] == pytest.approx(result["held_out"][field], rel=1e-6)
+
+
+MEASURED = ("--evaluation.every", "20", "--evaluation.batch-size", "3")
+
+
 def test_two_processes_train_as_one_and_the_first_one_alone_tells(workplace, whole):
-    first, second = start(workplace, "two")
+    first, second = start_two(workplace, "train", "tiny.py", "--name", "two", *MEASURED, output="two")
     assert (first.end(), second.end()) == (0, 0), first.lines() + second.lines()
     must_be_the_same(steps_of(workplace, "two"), whole)
+    must_have_measured(workplace, "two")
     assert "2 devices of 2 processes" in first.lines()[0]
     assert first.lines()[-1] == "report: runs/two/report.html"
     assert (workplace / "runs" / "two" / "report.html").exists()
@@ -94,10 +107,11 @@ def test_two_processes_train_as_one_and_the_first_one_alone_tells(workplace, who
 
 
 def test_two_processes_that_share_rows_train_as_one(workplace, whole):
-    mesh = ("--mesh.fsdp", "1", "--mesh.sequence", "2")
+    mesh = ("--mesh.fsdp", "1", "--mesh.sequence", "2", *MEASURED)
     processes = start_two(workplace, "train", "tiny.py", "--name", "shared", *mesh, output="shared")
     assert [started.end() for started in processes] == [0, 0], processes[0].lines() + processes[1].lines()
     must_be_the_same(steps_of(workplace, "shared"), whole)
+    must_have_measured(workplace, "shared")
 
 
 def test_a_notice_to_one_stops_all_at_one_step_and_one_process_goes_on(workplace, whole):

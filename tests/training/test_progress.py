@@ -39,6 +39,17 @@ def test_a_file_gets_the_first_line_the_last_and_one_for_each_twentieth(capsys, 
     assert lines[2] == "step   50/1000 · loss 1.250 · 1.803 bits/byte · 12.3k tokens/s · 1:35 left"
 
 
+def test_a_held_out_result_is_printed_at_once_and_stays_in_the_line(capsys, clock):
+    with Progress(total_steps=1000, start_step=0, title="measured") as progress:
+        for step in range(1, 61):
+            progress.update(_metrics(step) | ({"held_out_bits_per_byte": 2.0157} if step == 7 else {}))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" · 12")[0].split(maxsplit=1)[1] for line in lines[2:4]] == [
+        "7/1000 · loss 1.250 · 1.803 bits/byte · held out 2.016",
+        "50/1000 · loss 1.250 · 1.803 bits/byte · held out 2.016",
+    ]
+
+
 def test_slow_steps_get_a_line_every_thirty_seconds(capsys, clock):
     with Progress(total_steps=10_000, start_step=0, title="slow") as progress:
         for step in range(1, 11):

@@ -61,3 +61,16 @@ def test_steps_that_always_take_long_are_not_stuck(told):
             watchdog.done(step)
         get_stuck(0.5)
     assert text_of(told) == ""
+
+
+def test_what_is_measured_between_steps_is_neither_stuck_nor_a_step(told):
+    with Watchdog(least=0.1, file=told) as watchdog:
+        for step in range(1, 4):
+            watchdog.done(step)
+        watchdog.done(4, measures=True)
+        get_stuck(0.4)
+        watchdog.done(4)
+        assert text_of(told) == ""
+        get_stuck(0.4)
+        watchdog.done(5)
+    assert "the step after step 4 has taken 0.1 s so far" in text_of(told)
