@@ -210,6 +210,9 @@ def _print_result(run: str, result: Mapping[str, float]) -> None:
     Console().print(table)
 
 
+_HELD_OUT_SHARE = 0.01
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareArguments:
     """Tokenize text, jsonl or parquet files into a token store."""
@@ -221,8 +224,11 @@ class PrepareArguments:
     """Training text: .txt (a document a file), .jsonl (a line), both also with .gz, .parquet (a row)."""
     output: Path
     """Folder to be made, for --data.corpus of mc-jax train; it is there whole or not at all."""
-    held_out: Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
-    """Files to be scored, not trained on."""
+    held_out: Annotated[
+        tuple[Path, ...],
+        tyro.conf.arg(metavar="FILE ...|none", help_behavior_hint="(default: 1 % of the inputs)"),
+    ] = ()
+    """Files to be scored, not trained on, or "none"; without it, a hundredth of the inputs is split off."""
     tokenizer: str = "bpe"
     """"bpe" (byte-level, trained on the inputs), "bytes", or a tokenizer.json that mc-jax wrote."""
     vocab_size: int | None = None
@@ -242,10 +248,11 @@ def prepare(arguments: Sequence[str]) -> None:
 
     current().tidy = remove_unfinished
 
+    files = () if chosen.held_out == (Path("none"),) else chosen.held_out
     dataset = write_store(
         chosen.inputs,
         chosen.output,
-        held_out=chosen.held_out,
+        held_out=files if chosen.held_out else _HELD_OUT_SHARE,
         tokenizer=chosen.tokenizer,
         vocab_size=chosen.vocab_size,
         text_field=chosen.text_field,
@@ -253,6 +260,12 @@ def prepare(arguments: Sequence[str]) -> None:
     for name, store in (("training", dataset.train), ("held-out", dataset.held_out)):
         if store is not None:
             print(f"{name}: {len(store):,} documents, {store.num_bytes:,} bytes, {store.num_tokens:,} tokens")
+    if dataset.held_out is not None and not chosen.held_out:
+        first, *others = dataset.held_out.names
+        print(
+            f"held out was split off the inputs: {first}{f' and {len(others):,} more' if others else ''}; "
+            "--held-out names files, or none"
+        )
     print(
         f"train on it: mc-jax train RECIPE --data.corpus {shlex.quote(str(chosen.output))} "
         "--data.tokenizer None --data.vocab-size None"

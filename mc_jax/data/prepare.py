@@ -19,6 +19,7 @@ from mc_jax.data.dataset import (
 )
 from mc_jax.data.documents import Document, tokenize
 from mc_jax.data.files import new_folder, write_json
+from mc_jax.data.split import split_off
 from mc_jax.data.store import must_be_free, write_store
 from mc_jax.data.tokenizer import ByteTokenizer, Tokenizer, cut_text, load_tokenizer, train_bpe
 
@@ -29,7 +30,7 @@ def prepare(
     inputs: Sequence[str | Path],
     output: str | Path,
     *,
-    held_out: Sequence[str | Path] = (),
+    held_out: Sequence[str | Path] | float = (),
     tokenizer: str | Path = "bpe",
     vocab_size: int | None = None,
     text_field: str = "text",
@@ -43,7 +44,7 @@ def prepare(
       inputs: training text: .txt (one document a file), .jsonl (one a line), either also with .gz, and
         .parquet (one a row).
       output: the folder; must not exist, or be empty. It is there whole or not at all.
-      held_out: files to be scored, not trained on.
+      held_out: files to be scored, not trained on; or the share of `inputs` that is split off for it.
       tokenizer: "bpe" (trained on an even sample of `inputs`), "bytes", or a tokenizer.json of mc_jax.
       vocab_size: ids of the "bpe" tokenizer; None otherwise.
       text_field: field of .jsonl or column of .parquet that has the text.
@@ -54,7 +55,8 @@ def prepare(
     Raises:
       ValueError: settings or files that do not fit; one line with the cure.
     """
-    training, scored = [Path(path) for path in inputs], [Path(path) for path in held_out]
+    training = [Path(path) for path in inputs]
+    scored = [] if isinstance(held_out, float) else [Path(path) for path in held_out]
     folder = Path(output).expanduser().resolve()
     must_be_free(folder)
     if not training:
@@ -62,20 +64,30 @@ def prepare(
     for path in training + scored:
         check_readable(path)
     _must_differ(training, scored)
-    used_tokenizer = _choose_tokenizer(tokenizer, vocab_size, _read(training, text_field))
+    if isinstance(held_out, float):
+        split = split_off(_read(training, text_field), held_out)
+        parts = {TRAIN: (training, split.train), HELD_OUT: (training, split.held_out)}
+    else:
+        parts = {TRAIN: (training, iter), HELD_OUT: (scored, iter)}
+
+    def documents(part: str) -> Iterator[Document]:
+        paths, choose = parts[part]
+        return choose(_read(paths, text_field))
+
+    used_tokenizer = _choose_tokenizer(tokenizer, vocab_size, documents(TRAIN))
     with new_folder(folder) as partial:
         used_tokenizer.save(partial / TOKENIZER_FILE)
         splits = {}
-        for split, paths in ((TRAIN, training), (HELD_OUT, scored)):
-            if paths:
-                documents = tokenize(_read(paths, text_field), used_tokenizer)
-                store = write_store(partial / split, documents, used_tokenizer)
-                splits[split] = {
-                    "files": [path.name for path in paths],
-                    "documents": len(store),
-                    "tokens": store.num_tokens,
-                    "text_bytes": store.num_bytes,
-                }
+        for part, (paths, _) in parts.items():
+            if not paths:
+                continue
+            store = write_store(partial / part, tokenize(documents(part), used_tokenizer), used_tokenizer)
+            splits[part] = {
+                "files": [path.name for path in paths],
+                "documents": len(store),
+                "tokens": store.num_tokens,
+                "text_bytes": store.num_bytes,
+            }
         manifest = {"fingerprint": used_tokenizer.fingerprint, "splits": splits}
         write_json(partial / MANIFEST_FILE, {"kind": KIND, "version": VERSION} | manifest)
     return open_prepared(folder)

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from mc_jax.cli import main
+from mc_jax.data.dataset import open_prepared
 from mc_jax.data.documents import Document
 from mc_jax.data.prepare import _sample, prepare
 from mc_jax.data.tokenizer import ByteTokenizer, train_bpe
@@ -141,3 +143,35 @@ def test_each_row_of_parquet_is_a_document(tmp_path):
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"b\.parquet cannot be read"):
         prepare([tmp_path / "b.parquet"], tmp_path / "other", tokenizer="bytes")
+
+
+def test_a_hundredth_of_the_documents_is_split_off_the_same_every_time(tmp_path):
+    texts = [f"document {number}, which is one of many" for number in range(300)]
+    source = write(tmp_path / "a.jsonl", ["", *texts])
+    first, second = (prepare([source], tmp_path / name, held_out=0.01, vocab_size=270) for name in "xy")
+    held_out, train = texts_of(first.held_out, first.tokenizer), texts_of(first.train, first.tokenizer)
+    assert len(held_out) == 3
+    assert sorted(held_out + train) == sorted(texts), "each document is in one part, whole"
+    assert texts_of(second.held_out, second.tokenizer) == held_out
+    assert first.tokenizer.fingerprint == train_bpe(train, 270).fingerprint, "made of what is trained on"
+
+
+def test_of_few_documents_the_end_of_the_longest_is_split_off(tmp_path):
+    files = [write(tmp_path / "a.txt", ["short"]), write(tmp_path / "b.txt", ["some words " * 100])]
+    dataset = prepare(files, tmp_path / "out", held_out=0.01, tokenizer="bytes")
+    assert texts_of(dataset.held_out, dataset.tokenizer) == ["some words "]
+    assert texts_of(dataset.train, dataset.tokenizer) == ["short", "some words " * 99]
+    assert list(dataset.held_out.names) == ["b.txt from character 1089 on"]
+    with pytest.raises(ValueError, match="too little text to split off"):
+        prepare([write(tmp_path / "c.txt", ["x"])], tmp_path / "other", held_out=0.01, tokenizer="bytes")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_command_says_what_was_split_off_and_can_be_told_not_to(tmp_path, capsys):
+    words = ["prepare", str(write(tmp_path / "a.txt")), "--tokenizer", "bytes", "--output"]
+    assert main([*words, str(tmp_path / "split")]) == 0
+    assert "held out was split off the inputs: a.txt from character " in capsys.readouterr().out
+    assert main([*words, str(tmp_path / "whole"), "--held-out", "none"]) == 0
+    assert "held" not in capsys.readouterr().out
+    assert open_prepared(tmp_path / "split").held_out is not None
+    assert open_prepared(tmp_path / "whole").held_out is None

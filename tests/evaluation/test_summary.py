@@ -148,7 +148,7 @@ def test_the_result_tells_what_it_is_of(corpus, tmp_path):
     result = json.loads(path.read_text())
     assert (result["step"], result["parameters"], result["held_out"]) == (2, 123, None)
     assert result["hashes"]["tokenizer"] == run.dataset.tokenizer.fingerprint
-    assert set(result["hashes"]) >= {"config", "training_text", "held-out_text"}
+    assert set(result["hashes"]) >= {"config", "training_text", "held_out_text"}
     assert result["training"]["loss"] > 0
     assert result["versions"]["jax"] == jax.__version__
     assert datetime.datetime.fromisoformat(result["date"]).tzinfo is not None
