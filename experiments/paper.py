@@ -29,7 +29,16 @@ equals. Vocabulary 32,000, embeddings tied.
 import dataclasses
 from typing import Literal
 
-from mc_jax.config import AggregationName, Config, DataConfig, MemoryName, ModelConfig, Remat, TrainingConfig
+from mc_jax.config import (
+    AggregationName,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    MemoryName,
+    ModelConfig,
+    Remat,
+    TrainingConfig,
+)
 
 NAMES = "SIZE-MEMORY-AGGREGATION"
 VOCABULARY = 32_000
@@ -117,6 +126,7 @@ def _config(
             remat="maps" if context == 4096 else size.remat_16k,
             checkpoint_every=1000,
         ),
+        evaluation=EvaluationConfig(every=1000, tokens=2**20),
     )
 
 

@@ -6,7 +6,7 @@
   cores of a server), then one of evaluation; 1.89 bits per byte on Persuasion, 1.9 M parameters.
 """
 
-from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
 
 
 def config() -> Config:
@@ -31,4 +31,5 @@ def config() -> Config:
             warmup_steps=40,
             checkpoint_every=50,
         ),
+        evaluation=EvaluationConfig(every=55, tokens=4096),
     )

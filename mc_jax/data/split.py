@@ -8,6 +8,7 @@ import numpy as np
 from mc_jax.data.documents import Document
 
 _FEW_DOCUMENTS = 10
+_MOST_HELD_OUT = 10_000  # some ten million tokens, which one device evaluates in minutes
 _SEED = 0
 # How far back from where the end of a document would begin there may be a space to begin it after.
 _LONGEST_WORD = 1000
@@ -48,7 +49,8 @@ class Split:
 def split_off(documents: Iterable[Document], share: float) -> Split:
     """Draw a share of the documents, at least one; of fewer than ten, take as much of the longest one's end.
 
-    It depends on their number, or their lengths, alone.
+    There are at most 10,000, or a large corpus would take hours to be evaluated. The choice depends on their number, or
+    their lengths, alone.
 
     Args:
       documents: all of them; read once, for their lengths.
@@ -62,7 +64,8 @@ def split_off(documents: Iterable[Document], share: float) -> Split:
         characters += len(document.text)
         longest = max(longest, (len(document.text), -count))
     if count >= _FEW_DOCUMENTS:
-        drawn = np.random.default_rng(_SEED).choice(count, max(1, round(share * count)), replace=False)
+        number = min(max(1, round(share * count)), _MOST_HELD_OUT)
+        drawn = np.random.default_rng(_SEED).choice(count, number, replace=False)
         return Split(whole=frozenset(drawn.tolist()))
     length, place = longest[0], -longest[1] - 1
     if length < 2:

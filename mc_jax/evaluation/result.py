@@ -47,9 +47,9 @@ def write_result(
         "training": {name: last[name] for name in ("tokens", "loss", "bits_per_byte", "seconds") if last},
         "hashes": {
             "config": hashlib.sha256((run.folder / CONFIG_FILE).read_bytes()).hexdigest(),
-            **{
-                name.replace(" ", "_"): seal[name] for name in ("tokenizer", "training text", "held-out text")
-            },
+            "tokenizer": seal["tokenizer"],
+            "training_text": seal["training text"],
+            "held_out_text": seal["held-out text"],
         },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit_of(Path(mc_jax.__file__).parents[1]),

@@ -25,13 +25,12 @@ from mc_jax.config import (
 )
 from mc_jax.data.prepare import prepare
 from mc_jax.evaluation.perplexity import evaluate_run
-from mc_jax.evaluation.result import commit_of, write_result
+from mc_jax.evaluation.result import commit_of
 from mc_jax.evaluation.summary import summarize_run
 from mc_jax.inference.generate import generate_run
 from mc_jax.parallel import make_mesh
 from mc_jax.training.loop import train
 from mc_jax.training.metrics import read_metrics
-from mc_jax.training.run import load_run
 
 
 def _cases() -> dict[str, Config]:
@@ -123,6 +122,11 @@ def test_a_model_without_memory_layers_is_measured_and_goes_on_with_a_text(corpu
     summarize_run(tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["held_out"] == evaluate_run(tmp_path / "run"), "mc-jax eval prints what the run found"
+    assert result["step"] == 2
+    assert result["training"]["loss"] > 0
+    assert set(result["hashes"]) == {"config", "tokenizer", "training_text", "held_out_text"}
+    assert result["versions"]["jax"] == jax.__version__
+    assert datetime.datetime.fromisoformat(result["date"]).tzinfo is not None
     text = generate_run(tmp_path / "run", "she", tokens=3, temperature=0.0, top_p=1.0, seed=0)
     assert isinstance(text, str)
 
@@ -138,20 +142,6 @@ def test_the_cases_leave_no_memory_aggregation_or_layer_out():
     ):
         left_out = set(get_args(names)) - {getattr(model, field) for model in with_memory}
         assert not left_out, f"no case of this file trains {field} {left_out} to its report"
-
-
-def test_the_result_tells_what_it_is_of(corpus, tmp_path):
-    config = _tiny(CASES["paper-170m-transformer"], corpus)
-    train(config, tmp_path / "run")
-    run = load_run(tmp_path / "run")
-    path = write_result(run, None, read_metrics(run.folder), 123)
-    result = json.loads(path.read_text())
-    assert (result["step"], result["parameters"], result["held_out"]) == (2, 123, None)
-    assert result["hashes"]["tokenizer"] == run.dataset.tokenizer.fingerprint
-    assert set(result["hashes"]) >= {"config", "training_text", "held_out_text"}
-    assert result["training"]["loss"] > 0
-    assert result["versions"]["jax"] == jax.__version__
-    assert datetime.datetime.fromisoformat(result["date"]).tzinfo is not None
 
 
 def test_the_commit_is_told_of_a_checkout_alone(tmp_path):
