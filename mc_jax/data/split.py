@@ -49,8 +49,8 @@ class Split:
 def split_off(documents: Iterable[Document], share: float) -> Split:
     """Draw a share of the documents, at least one; of fewer than ten, take as much of the longest one's end.
 
-    There are at most 10,000, or a large corpus would take hours to be evaluated. The choice depends on their number, or
-    their lengths, alone.
+    There are at most 10,000, or a large corpus would take hours to be evaluated. The choice depends on their
+    number, or their lengths, alone.
 
     Args:
       documents: all of them; read once, for their lengths.

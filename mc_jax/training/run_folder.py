@@ -144,7 +144,7 @@ def _open_data(config: Config, tokenizer_path: epath.Path | None = None) -> Data
     if config.evaluation.every is not None and dataset.held_out is None:
         raise ValueError(
             f"evaluation.every {config.evaluation.every} needs held-out text, and {config.data.corpus} has "
-            "none; let mc-jax prepare split some off, or set evaluation.every to None"
+            "none; let mc-jax prepare split some off, or set evaluation.every and evaluation.tokens to None"
         )
     return dataset
 

@@ -149,6 +149,13 @@ def test_settings_that_are_refused_overwrite_nothing(run, config):
     assert (run / "checkpoints" / "10").exists()
 
 
+def test_results_on_text_that_is_not_there_are_refused_before_anything_is_written(run, config):
+    asking = dataclasses.replace(config, evaluation=EvaluationConfig(every=10))
+    with pytest.raises(ValueError, match=r"evaluation\.every 10 needs held-out text, and .* has none"):
+        open_once(run, asking)
+    assert not run.exists()
+
+
 # Gone on with
 
 
