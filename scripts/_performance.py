@@ -112,6 +112,7 @@ The models have 1.3 B parameters and rows of 4,096 tokens, if nothing else is sa
 writes this page; one line of it is, for example,
 
 ```sh
+source .venv/bin/activate
 mc-jax plan paper-1.3b-linear-gated --topology v5p:4x4x4
 ```
 

@@ -15,7 +15,7 @@ class Command(NamedTuple):
     """A command line, as a shell would take it apart."""
 
     words: list[str]
-    """Without `uv run` and variables before it; what the page exported is filled in."""
+    """Without variables before it; what the page exported is filled in."""
     where: str
     """Page and line."""
 
@@ -36,8 +36,6 @@ def commands(page: pathlib.Path) -> Iterator[Command]:
             if words[:1] == ["export"]:
                 variables |= {name: value for name, _, value in (word.partition("=") for word in words[1:])}
                 continue
-            if words[:2] == ["uv", "run"]:
-                words = words[2:]
             if words:
                 yield Command(words, f"{page.relative_to(ROOT)}:{first_line + offset}")
 

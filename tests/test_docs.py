@@ -14,7 +14,7 @@ import tomllib
 
 import pytest
 import yaml
-from pages import PAGES, ROOT, Command, all_commands
+from pages import PAGES, ROOT, Command, all_commands, commands
 from typed import parse_main, parse_mc_jax
 
 # Programs of others, whose options are not known here.
@@ -40,11 +40,11 @@ def check(command: Command, folder: pathlib.Path) -> None:
             script = next(word for word in words if word.endswith(".sbatch"))
             assert (ROOT / script).is_file(), command
             parse_mc_jax(["train", *words[words.index(script) + 1 :]])
-        case "uv":
-            assert words[:2] == ["sync", "--inexact"], (
-                f"{command.where}: what was added before would be removed"
-            )
-            assert words[3] in parts(words[2]), f"{command.where}: there is no {words[2]} {words[3]}"
+        case "source":
+            assert words == [".venv/bin/activate"], command
+        case "scripts/setup":
+            missing = set(words) - additions()
+            assert not missing, f"{command.where}: pyproject.toml has neither extra nor group {missing}"
         case _ if program.startswith("scripts/"):
             assert os.access(ROOT / program, os.X_OK), f"{command.where}: there is no program {program}"
         case _:
@@ -70,11 +70,10 @@ def what_gke_starts(words: list[str], folder: pathlib.Path) -> list[str]:
     return shlex.split(done.stdout.partition(" mc-jax ")[2])
 
 
-def parts(option: str) -> set[str]:
-    """What pyproject.toml has for `uv sync --extra` or `uv sync --group`."""
+def additions() -> set[str]:
+    """The extras and groups of pyproject.toml, which scripts/setup adds."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras, groups = settings["project"]["optional-dependencies"], settings["dependency-groups"]
-    return set({"--extra": extras, "--group": groups}[option])
+    return settings["project"]["optional-dependencies"].keys() | settings["dependency-groups"].keys()
 
 
 def check_sky(words: list[str]) -> None:
@@ -86,13 +85,25 @@ def check_sky(words: list[str]) -> None:
 
 
 def test_commands_are_taken(tmp_path):
-    commands = all_commands()
-    assert len(commands) > 30, "the pages' commands are not found"
-    for command in commands:
+    found = all_commands()
+    assert len(found) > 30, "the pages' commands are not found"
+    for command in found:
         try:
             check(command, tmp_path)
         except (pytest.fail.Exception, AssertionError) as error:
             pytest.fail(f"{command.where}: {error}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_programs_of_the_environment_are_called_in_it(page):
+    """Neither uv need be on PATH, nor is mc-jax a package of an index."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"\buv (run|sync|pip)|pip install .?mc-jax", text), (
+        "say source .venv/bin/activate, scripts/setup"
+    )
+    programs = [command.words[0] for command in commands(page)]
+    own = [place for place, program in enumerate(programs) if program in ("mc-jax", "python", "pytest")]
+    assert not own or "source" in programs[: own[0]], "without source .venv/bin/activate it is not found"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -3,6 +3,8 @@
 import ast
 import graphlib
 import pathlib
+import re
+import tomllib
 from collections.abc import Iterator
 
 import pytest
@@ -153,6 +155,19 @@ def test_everything_public_has_a_docstring():
                     if public and not ast.get_docstring(node):
                         bare.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not bare, "say in one line what these do:\n" + "\n".join(bare)
+
+
+def test_every_dependency_is_imported():
+    imported = {
+        module.split(".")[0]
+        for folder in PACKAGES
+        for file in (ROOT / folder).rglob("*.py")
+        for module, _ in imported_modules(file)
+    }
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[^\w-]", entry)[0].replace("-", "_") for entry in listed}
+    unused = {name for name in names if name.split("_")[0] not in imported and name not in imported}
+    assert not unused, f"no file imports {sorted(unused)}: take them out of pyproject.toml"
 
 
 def test_the_packages_are_typed():

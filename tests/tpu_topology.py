@@ -32,7 +32,7 @@ CHIPS = tuple(TOPOLOGIES)
 def four(chip: str) -> list[jax.Device]:
     """Four chips side by side; skip the test where libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, which compiles for TPUs, is not installed: uv sync --group aot")
+        pytest.skip("libtpu, which compiles for TPUs, is not installed: scripts/setup aot")
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
 
 

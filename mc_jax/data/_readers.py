@@ -27,7 +27,7 @@ def check_readable(path: Path) -> None:
         raise ValueError(f"{path} is of no known format; give a file that ends in {', '.join(FORMATS)}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
-            f"pyarrow, which reads {path}, is not installed; pip install 'mc-jax[hf]', or give .jsonl"
+            f"pyarrow, which reads {path}, is not installed: scripts/setup hf, or pip install pyarrow"
         )
 
 

@@ -30,7 +30,7 @@ _FUNCTIONS = (
 )
 _FILES = (
     (r"/optax/", OPTIMIZER),
-    (r"/training/optimizer|/training/muon", OPTIMIZER),
+    (r"/training/optimizer", OPTIMIZER),
     (r"/pallas_kernels/short_convolution/", "mixer, convolution"),
     (r"/pallas_kernels/(state_read|routed_read)/", "mixer, cached reads"),
     (r"/pallas_kernels/|/mc_jax/memories/", "mixer, writes and online reads"),

@@ -17,7 +17,8 @@ _GROUPS = 16
 _COLLECTIVES = 12
 _CAVEATS = (
     "Estimates of the compiler for one chip: no chip has run this. What streams from HBM is charged at "
-    "some 40 % of the peak. Conditionals count with all branches; copies in the background count nothing. "
+    "some 40 % of the peak. Conditionals count with all branches but those said to run seldom; copies in the "
+    "background count nothing. "
     "What is sent is under way from where the program begins it to where it waits for it, one after another."
 )
 
@@ -88,7 +89,6 @@ def _head(plan: Plan) -> str:
         f"{plan.chips} chips: {mesh}; {plan.rows} rows on each, remat {plan.remat}; "
         f"{plan.flops.tokens:,} tokens a step; "
         f"vocabulary {plan.vocabulary:,} ({plan.vocabulary_source})"
-        + ("; what slices send to each other is not counted" if plan.slices > 1 else "")
     )
 
 

@@ -45,8 +45,8 @@ class Topology:
         """
         if importlib.util.find_spec("libtpu") is None:
             raise ValueError(
-                "libtpu, which compiles for TPUs, is not installed: uv sync --group aot, "
-                'or pip install "mc-jax[tpu]"; GPUs are planned without it'
+                "libtpu, which compiles for TPUs, is not installed: scripts/setup aot, or "
+                "pip install libtpu; GPUs are planned without it"
             )
         several = {"num_slices": self.slices} if self.slices > 1 else {}
         try:

@@ -128,7 +128,7 @@ def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path, cases):
 def test_parquet_without_its_library_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"pyarrow.*pip install 'mc-jax\[hf\]'"):
+    with pytest.raises(ValueError, match=r"pyarrow.*scripts/setup hf"):
         prepare([tmp_path / "a.parquet"], tmp_path / "out", tokenizer="bytes")
 
 

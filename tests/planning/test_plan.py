@@ -133,7 +133,7 @@ def test_a_topology_that_libtpu_does_not_know_is_a_mistake():
 
 def test_without_libtpu_the_cure_is_told(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"uv sync --group aot"):
+    with pytest.raises(ValueError, match="scripts/setup aot"):
         plan(Config(), topology="v5e:2x2")
 
 
