@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from etils import epath
 
 import mc_jax
 from mc_jax.data.files import write_json
+from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER
 from mc_jax.training.run import CONFIG_FILE, Run
 from mc_jax.training.seal import make_seal
 
@@ -38,6 +40,7 @@ def write_result(
       Where it is.
     """
     last = metrics[-1] if metrics else {}
+    checkpoint = run.folder / CHECKPOINTS_FOLDER / str(run.step)
     seal = make_seal(run.config, run.dataset)
     values = {
         "run": run.folder.name,
@@ -46,7 +49,8 @@ def write_result(
         "held_out": held_out,
         "training": {name: last[name] for name in ("tokens", "loss", "bits_per_byte", "seconds") if last},
         "hashes": {
-            "config": hashlib.sha256((run.folder / CONFIG_FILE).read_bytes()).hexdigest(),
+            "config": _hash([run.folder / CONFIG_FILE]),
+            "checkpoint": _hash(sorted(checkpoint.glob("digest.*.json"))),
             "tokenizer": seal["tokenizer"],
             "training_text": seal["training text"],
             "held_out_text": seal["held-out text"],
@@ -66,6 +70,19 @@ def write_result(
     path = run.folder / RESULT_FILE
     write_json(path, values)
     return path
+
+
+def _hash(files: Sequence[epath.Path]) -> str | None:
+    """SHA-256 of files, one after another; of a checkpoint's digests it is one of all its weights.
+
+    None where there are none: an old checkpoint has no digests.
+    """
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def commit_of(folder: Path) -> str | None:

@@ -124,7 +124,8 @@ def test_a_model_without_memory_layers_is_measured_and_goes_on_with_a_text(corpu
     assert result["held_out"] == evaluate_run(tmp_path / "run"), "mc-jax eval prints what the run found"
     assert result["step"] == 2
     assert result["training"]["loss"] > 0
-    assert set(result["hashes"]) == {"config", "tokenizer", "training_text", "held_out_text"}
+    assert set(result["hashes"]) == {"config", "checkpoint", "tokenizer", "training_text", "held_out_text"}
+    assert all(len(one) == 64 for one in result["hashes"].values()), result["hashes"]
     assert result["versions"]["jax"] == jax.__version__
     assert datetime.datetime.fromisoformat(result["date"]).tzinfo is not None
     text = generate_run(tmp_path / "run", "she", tokens=3, temperature=0.0, top_p=1.0, seed=0)

@@ -8,6 +8,7 @@ import pytest
 from run_folders import names, open_once, train_to, with_training
 
 from mc_jax import config as configs
+from mc_jax.config import EvaluationConfig
 from mc_jax.training.lock import LOCK_FILE
 from mc_jax.training.run_folder import opened
 from mc_jax.training.stages import STAGES_FILE, read_stages
