@@ -9,6 +9,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from mc_jax.training import checkpoint, metrics
 from mc_jax.training._buckets import GrowingFile
+from mc_jax.training.checkpoint.digest import (
+    DamagedError,
+    Digest,
+    hash_own_files,
+    read_digests,
+    verify,
+    write_digest,
+)
+from mc_jax.training.checkpoint.folder import Kind, delete_step, keep_digests_after, kind_of, steps_in
 from mc_jax.training.metrics import MetricsLog, read_metrics
 
 
@@ -81,3 +90,23 @@ def test_checkpoints_go_to_the_run_s_folder(monkeypatch, tmp_path, run, folder):
     monkeypatch.chdir(tmp_path)
     with checkpoint.Checkpoints(epath.Path(run)) as checkpoints:
         assert str(checkpoints.folder) == folder.format(here=tmp_path.resolve())
+
+
+def test_a_checkpoint_in_a_bucket_is_held_against_its_digest_and_deleted(bucket):
+    for name in ("_CHECKPOINT_METADATA", "state/d/1", "state/ocdbt.process_1/d/2"):
+        (bucket / "5" / name).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / "5" / name).write_text(f"what {name} holds")
+    keep_digests_after(bucket, 0)
+    assert (steps_in(bucket), kind_of(bucket, 5)) == ([5], Kind.UNFINISHED)
+    for process in (0, 1):
+        assert kind_of(bucket, 5) is Kind.UNFINISHED, "each process has a digest"
+        files = hash_own_files(bucket / "5", process, 2)
+        assert len(files) == 2 - process, "it hashes what it wrote"
+        write_digest(bucket / "5", Digest(5, process, 2, files, 1.0, None))
+    assert kind_of(bucket, 5) is Kind.SAVED
+    verify(bucket / "5", read_digests(bucket / "5"))
+    (bucket / "5" / "state/d/1").write_text("what state/d/1 Holds")
+    with pytest.raises(DamagedError, match="state/d/1 holds other bytes than were saved"):
+        verify(bucket / "5", read_digests(bucket / "5"))
+    delete_step(bucket, 5)
+    assert steps_in(bucket) == []

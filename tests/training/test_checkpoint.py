@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import resource
 import threading
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mc_jax.training.checkpoint import Checkpoints, load_newest
+from mc_jax.training.checkpoint import Checkpoints, digest, load_newest
 from mc_jax.training.checkpoint.reading import read_seal
 from mc_jax.training.step import TrainState
 
@@ -212,7 +213,28 @@ def test_a_digest_names_every_file_and_has_a_hash_of_its_own(run):
     train(run, 1)
     folder = run / "checkpoints" / "1"
     files = {os.path.join(where, name) for where, _, names in os.walk(folder) for name in names}
-    digest = json.loads((folder / "digest.0.json").read_text())["digest"]
-    named = {str(folder / name) for name in digest["files"]}
+    written = json.loads((folder / "digest.0.json").read_text())["digest"]
+    named = {str(folder / name) for name in written["files"]}
     assert files - named == {str(folder / "digest.0.json")}
-    assert digest["loss"] == 2.0
+    assert written["loss"] == 2.0
+
+
+def test_all_is_on_the_disk_before_the_digest_makes_it_count(run, monkeypatch):
+    on_disk, late = set(), []
+    sync, write_text = digest.sync, digest.write_text
+
+    def note(path):
+        on_disk.add(str(path))
+        sync(path)
+
+    def check(path, text):
+        paths = [path.parent.parent, path.parent, *pathlib.Path(path.parent).rglob("*")]
+        late.extend(str(missing) for missing in paths if str(missing) not in on_disk)
+        write_text(path, text)
+
+    monkeypatch.setattr(digest, "sync", note)
+    monkeypatch.setattr(digest, "write_text", check)
+    train(run, 2, keep=5)
+    assert len(on_disk) > 20
+    earlier = [path for path in late if path.endswith(("digest.0.json", "digests-after-0"))]
+    assert late == earlier, "a power cut could leave the digest and not these"
