@@ -4,6 +4,7 @@ An object of a bucket is written whole. gcsfs, which is behind `epath` there, ta
 a warning, and shows nothing of a file before it is closed.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -50,7 +51,8 @@ class GrowingFile:
                 while data:
                     data = data[self._file.write(data) :]
             except OSError as error:
-                self._file.truncate(length)
+                with contextlib.suppress(OSError):
+                    self._file.truncate(length)
                 raise OSError(error.errno, error.strerror, os.fspath(self._path)) from None
             return
         self._parts.append(text)
