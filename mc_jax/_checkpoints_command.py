@@ -1,7 +1,6 @@
 """The command `mc-jax checkpoints`: which checkpoints a run has, and which are whole."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -34,11 +33,12 @@ def checkpoints(arguments: Sequence[str]) -> None:
             "for example runs/quickstart"
         )
 
+    from mc_jax.data.files import json_text
     from mc_jax.training.checkpoint.listing import list_checkpoints
 
     listed = list_checkpoints(folder)
     if chosen.json:
-        print(json.dumps([checkpoint._asdict() for checkpoint in listed]))
+        print(json_text([checkpoint._asdict() for checkpoint in listed]))
         return
 
     from rich.console import Console

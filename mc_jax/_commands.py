@@ -1,7 +1,6 @@
 """The commands of `mc-jax`: each reads its arguments, checks them, and only then imports what is heavy."""
 
 import dataclasses
-import json
 import shlex
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -128,11 +127,12 @@ def evaluate(arguments: Sequence[str]) -> None:
     chosen = parse(EvalArguments, arguments, program="mc-jax eval")
     _must_be_run(chosen.run)
 
+    from mc_jax.data.files import json_text
     from mc_jax.evaluation.perplexity import evaluate_run
 
     result = evaluate_run(chosen.run)
     if chosen.json:
-        print(json.dumps(result))
+        print(json_text(result))
     else:
         _print_result(chosen.run, result)
 

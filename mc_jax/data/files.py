@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import uuid
@@ -47,7 +48,20 @@ def write_text(path: epath.PathLike, text: str) -> None:
 def write_json(path: epath.PathLike, values: Any, indent: int | None = 2) -> None:
     """Write `values` as a JSON file, whole or not at all; its folder is made where it is missing."""
     make_folder(epath.Path(path).parent)
-    write_text(path, json.dumps(values, indent=indent) + "\n")
+    write_text(path, json_text(values, indent) + "\n")
+
+
+def json_text(values: Any, indent: int | None = None) -> str:
+    """Values as JSON, which has no NaN and no infinity: a number that is not finite is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(content) for name, content in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(content) for content in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(values), indent=indent, allow_nan=False)
 
 
 def make_folder(path: epath.PathLike) -> list[epath.Path]:

@@ -10,6 +10,8 @@ from mc_jax.training.held_out import HeldOut, windows_of
 from mc_jax.training.run import Run, load_run
 from mc_jax.training.step import split_model
 
+_LARGEST_EXPONENT = 709.0  # of a float
+
 
 def evaluate(
     model: LanguageModel, store: TokenStore, *, context_length: int, stride: int, batch_size: int
@@ -29,13 +31,21 @@ def evaluate(
     Returns:
       loss (nats per token), perplexity, bits_per_byte (of the text, whatever the tokenizer), tokens,
       bytes, documents.
+
+    Raises:
+      ValueError: the loss is not finite.
     """
     graph, parameters = split_model(model)
     held_out = HeldOut(graph, store, context_length=context_length, stride=stride, batch_size=batch_size)
     loss = held_out.loss(parameters)
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss on the held-out text is {loss}, though all weights are finite: activations leave the "
+            "range of numbers; train with a lower --training.learning-rate"
+        )
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf,
         "bits_per_byte": held_out.bits_per_byte(loss),
         "tokens": store.num_pairs,
         "bytes": store.num_bytes,

@@ -1,13 +1,13 @@
 """Plans as tables, and as JSON."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from mc_jax.data.files import json_text
 from mc_jax.planning.collectives import Collective
 from mc_jax.planning.plan import Plan
 from mc_jax.planning.search import Attempt, Found
@@ -80,7 +80,7 @@ def to_json(title: str, plan: Plan) -> dict[str, Any]:
 def print_json(plans: Sequence[tuple[str, Plan]]) -> None:
     """Print one object, or a list if there are several plans."""
     found = [to_json(title, plan) for title, plan in plans]
-    print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+    print(json_text(found[0] if len(found) == 1 else found, indent=2))
 
 
 def _head(plan: Plan) -> str:

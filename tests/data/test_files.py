@@ -1,13 +1,15 @@
 """Files and folders are whole or not there, whatever is cut off."""
 
 import errno
+import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 
-from mc_jax.data.files import new_folder, write_json, write_text
+from mc_jax.data.files import json_text, new_folder, write_json, write_text
 
 
 def names(folder):
@@ -49,6 +51,14 @@ def test_a_folder_counts_once_all_in_it_is_on_the_disk(tmp_path, monkeypatch):
     assert {"file", "deep", partial.name} <= set(order[:end])
     assert order[end + 1] == tmp_path.name
     assert names(tmp_path) == {"x"}
+
+
+def test_numbers_that_json_does_not_have_are_null():
+    values = {"a": [1.5, math.nan, (math.inf,)], "b": {"c": -math.inf, "d": 3, "e": None, "f": True}}
+    assert json.loads(json_text(values)) == {
+        "a": [1.5, None, [None]],
+        "b": {"c": None, "d": 3, "e": None, "f": True},
+    }
 
 
 WRITER = """

@@ -47,6 +47,17 @@ def test_a_model_that_knows_nothing_has_the_loss_of_a_uniform_guess(store, model
     np.testing.assert_allclose(result["bits_per_byte"], expected, rtol=1e-5)
 
 
+def test_a_loss_that_is_no_number_is_an_error_and_a_huge_one_has_an_infinite_perplexity(
+    store, model, monkeypatch
+):
+    windows = {"context_length": 32, "stride": 16, "batch_size": 3}
+    monkeypatch.setattr(HeldOut, "loss", lambda *_: math.nan)
+    with pytest.raises(ValueError, match="loss on the held-out text is nan, though all weights are finite"):
+        evaluate(model, store, **windows)
+    monkeypatch.setattr(HeldOut, "loss", lambda *_: 1000.0)
+    assert evaluate(model, store, **windows)["perplexity"] == math.inf
+
+
 def test_windows_longer_than_the_documents_give_the_plain_loss_of_each(store, model):
     result = evaluate(model, store, context_length=160, stride=80, batch_size=2)
     total = 0.0
