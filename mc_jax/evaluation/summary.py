@@ -12,6 +12,7 @@ from mc_jax.evaluation.perplexity import evaluate_held_out
 from mc_jax.evaluation.report import RouterPicture, write_report
 from mc_jax.evaluation.result import write_result
 from mc_jax.inference.generate import continue_text
+from mc_jax.training.lock import RunLock
 from mc_jax.training.metrics import read_metrics
 from mc_jax.training.run import Run, load_run
 from mc_jax.training.stages import read_stages
@@ -27,11 +28,16 @@ def summarize_run(run_dir: epath.PathLike) -> dict[str, float] | None:
     single process would; the others have no result.
 
     Raises:
-      ValueError: no such run, or one without a checkpoint.
+      ValueError: no such run, one without a checkpoint, or one that is being trained.
     """
     run = load_run(run_dir)
     if jax.process_index() > 0:
         return None
+    with RunLock(run.folder):
+        return _summarize(run)
+
+
+def _summarize(run: Run) -> dict[str, float] | None:
     held_out = None if run.dataset.held_out is None else evaluate_held_out(run)
     metrics = read_metrics(run.folder)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(run.model)))
