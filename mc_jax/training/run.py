@@ -15,12 +15,10 @@ from mc_jax.data.dataset import Dataset, open_data
 from mc_jax.nn import LanguageModel
 from mc_jax.parallel import has_mesh
 from mc_jax.parallel.parameters import shardings
-from mc_jax.training._buckets import absolute
-from mc_jax.training.checkpoint import load_newest
-from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, steps_in
+from mc_jax.training.checkpoint import load_newest, must_be_finite
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.seal import make_seal, must_fit, newest_seal
-from mc_jax.training.step import TrainState, all_finite, init_state, merge_model, split_model
+from mc_jax.training.step import TrainState, init_state, merge_model, split_model
 from pallas_kernels._platform import platform
 
 CONFIG_FILE = "config.json"
@@ -94,15 +92,6 @@ def read_config(run_dir: epath.Path) -> Config:
     return configs.from_json((run_dir / CONFIG_FILE).read_bytes().decode(errors="replace"))
 
 
-def _not_finite(folder: epath.Path, step: int) -> str:
-    """The message for a checkpoint of weights that are no numbers, which only an older mc_jax has saved."""
-    earlier = [other for other in steps_in(absolute(folder / CHECKPOINTS_FOLDER)) if other < step]
-    cure = "train it anew with a lower --training.learning-rate under another --name"
-    if earlier:
-        cure = f"move {folder / CHECKPOINTS_FOLDER / str(step)} elsewhere, and step {earlier[-1]} is used"
-    return f"the weights of step {step} in {folder} are not finite, for the training diverged; {cure}"
-
-
 def load_run(run_dir: epath.PathLike) -> Run:
     """Read a run's config, tokenizer, data and newest checkpoint; the model lies on this process's device.
 
@@ -124,6 +113,5 @@ def load_run(run_dir: epath.PathLike) -> Run:
     loaded = load_newest(folder, state)
     if loaded is None:
         raise ValueError(f"{folder} has no complete checkpoint yet; go on with mc-jax train")
-    if not all_finite(loaded.state.parameters):
-        raise ValueError(_not_finite(folder, loaded.step))
+    must_be_finite(folder, loaded, loaded.state.parameters)
     return Run(folder, config, dataset, merge_model(graph, loaded.state.parameters), loaded.step)

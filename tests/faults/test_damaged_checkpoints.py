@@ -153,6 +153,18 @@ def test_an_old_run_is_read_with_a_line_and_falls_back_where_orbax_sees_the_dama
     assert newest(run) == 1, "a new step is not taken for an old one"
 
 
+def test_training_does_not_go_on_from_what_an_old_run_saved_without_a_look(run):
+    broken = state_of(3)._replace(optimizer={"mu": jnp.full(6, jnp.nan)})
+    save(run, 3)
+    shutil.rmtree(run / "checkpoints" / "3")
+    reading.ocp.save(run / "checkpoints" / "3", broken._asdict(), checkpointable_name=reading.STATE)
+    make_old(run)
+    with pytest.raises(
+        ValueError, match=r"step 3 .* are not finite, .* move .*/3 elsewhere, and step 2 is used"
+    ):
+        save(run, 4)
+
+
 def test_readers_leave_no_trace(run, saved):
     (run / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
     (run / "checkpoints" / "2" / "state" / "_METADATA").write_text("")

@@ -16,7 +16,7 @@ from mc_jax.parallel.processes import first_of_all, told_by_first
 from mc_jax.training._buckets import absolute
 from mc_jax.training.checkpoint.digest import DamagedError, read_digests, verify
 from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, Kind, kind_of, steps_in
-from mc_jax.training.step import TrainState
+from mc_jax.training.step import TrainState, all_finite
 
 STATE = "state"
 """The name that Orbax knows the saved tree by."""
@@ -34,6 +34,8 @@ class Loaded(NamedTuple):
     step: int
     state: TrainState
     seal: Seal
+    has_digest: bool = False
+    """So that all of it is as it was saved, and finite."""
 
 
 class _Found(NamedTuple):
@@ -82,6 +84,24 @@ def load_newest(run_dir: epath.Path, like: TrainState) -> Loaded | None:
             f"{folder} has no whole checkpoint: {_listed(damaged)}; put a copy back, or --overwrite the run"
         )
     return None
+
+
+def must_be_finite(run_dir: epath.Path, loaded: Loaded, tree: Any) -> None:
+    """See that what was loaded, or a part of it, is of numbers: before digests nobody looked.
+
+    Raises:
+      ValueError: it is not; the message names the step to use instead.
+    """
+    if loaded.has_digest or all_finite(tree):
+        return
+    folder = run_dir / CHECKPOINTS_FOLDER
+    earlier = [step for step in steps_in(absolute(folder)) if step < loaded.step]
+    cure = "train it anew with a lower --training.learning-rate under another --name"
+    if earlier:
+        cure = f"move {folder / str(loaded.step)} elsewhere, and step {earlier[-1]} is used"
+    raise ValueError(
+        f"the weights of step {loaded.step} in {run_dir} are not finite, for the training diverged; {cure}"
+    )
 
 
 def read_seal(folder: epath.Path, step: int) -> Seal:
@@ -140,7 +160,7 @@ def _load(folder: epath.Path, found: _Found, like: TrainState) -> Loaded:
     )
     tree = _read_tree(step_folder, abstract)
     if not isinstance(tree, str):
-        return Loaded(found.step, TrainState(**tree), seal)
+        return Loaded(found.step, TrainState(**tree), seal, found.kind is Kind.SAVED)
     # Of several processes all would have to go on alike.
     if jax.process_count() == 1 and (found.kind is Kind.OLD or not _is_here(folder, found)):
         raise DamagedError(f"Orbax cannot read it: {tree}")

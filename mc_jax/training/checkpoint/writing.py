@@ -23,7 +23,7 @@ from mc_jax.training.checkpoint.folder import (
     delete_but_newest,
     delete_unfinished,
 )
-from mc_jax.training.checkpoint.reading import STATE, Loaded, Seal, load_newest
+from mc_jax.training.checkpoint.reading import STATE, Loaded, Seal, load_newest, must_be_finite
 from mc_jax.training.step import TrainState, all_finite
 
 # TensorStore raises a ValueError for what the system refuses.
@@ -96,9 +96,11 @@ class Checkpoints:
     def restore(self, like: TrainState) -> Loaded | None:
         """Read the newest whole checkpoint, and clear away what a kill or damage has left of newer ones.
 
-        Arguments and errors are those of `load_newest`.
+        Arguments and errors are those of `load_newest`; and an older run's numbers must be finite.
         """
         loaded = load_newest(self._run_dir, like)
+        if loaded is not None:
+            must_be_finite(self._run_dir, loaded, loaded.state)
         start = 0 if loaded is None else loaded.step
         first_decides(lambda: clear_after(self.folder, start))
         self._newest = start or None
