@@ -16,7 +16,7 @@ import numpy as np
 
 import pallas_kernels as ops
 from pallas_kernels._state import OnlineState
-from pallas_kernels.state_read import gpu as state_read_gpu
+from pallas_kernels.state_read import has_hopper_kernel
 
 _B, _T, _H, _K, _E, _N = 2, 150, 4, 64, 128, 5
 _SEGMENT, _CHUNK = 32, 16
@@ -236,7 +236,7 @@ def cases() -> list[Case]:
         return ops.short_convolution(joined, taps, heads=_H, normalize=True, implementation=implementation)
 
     def read_versions(platform: str, dtype) -> tuple[str, ...]:
-        hopper = platform == "gpu" and state_read_gpu.has_kernel(q.astype(dtype), matrices)
+        hopper = platform == "gpu" and has_hopper_kernel(q.astype(dtype), matrices)
         return ("gpu", "xla") if hopper else _kernel_and_xla(platform, dtype)
 
     return [

@@ -4,7 +4,7 @@ from pallas_kernels.chunk_memory import chunk_memory, memory_step
 from pallas_kernels.decode_step import decode_step
 from pallas_kernels.deep_memory import deep_memory, deep_memory_step
 from pallas_kernels.routed_read import routed_state_read
-from pallas_kernels.short_convolution import short_convolution
+from pallas_kernels.short_convolution import short_convolution, unit_length
 from pallas_kernels.state_read import gated_state_read
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "memory_step",
     "routed_state_read",
     "short_convolution",
+    "unit_length",
 ]

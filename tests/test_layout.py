@@ -126,6 +126,20 @@ def test_an_operation_of_the_kernels_knows_no_other():
     assert not wrong, "put what two operations share in a private module beside them:\n" + "\n".join(wrong)
 
 
+def test_an_operation_is_used_by_its_face():
+    # Each name that is imported, with the module that it comes from: the op's, and no file within it.
+    files = {file.relative_to(ROOT).with_suffix("") for file in (ROOT / "pallas_kernels").glob("*/*.py")}
+    inner = {".".join(file.parts) for file in files if file.name != "__init__"}
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports {module}"
+        for folder in ("mc_jax", "experiments")
+        for file in (ROOT / folder).rglob("*.py")
+        for module, line in imported_modules(file)
+        if module in inner or module.rpartition(".")[0] in inner
+    ]
+    assert not wrong, "export it in the op's __init__.py:\n" + "\n".join(wrong)
+
+
 def test_an_operation_has_a_reference_and_an_xla_form():
     for folder in (path.parent for path in (ROOT / "pallas_kernels").glob("*/__init__.py")):
         for name in ("reference.py", "xla.py"):

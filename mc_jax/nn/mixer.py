@@ -18,8 +18,8 @@ from mc_jax.memories import Coefficients, memory_for
 from mc_jax.nn.convolution import ShortConvolution
 from mc_jax.nn.norm import RMSNorm
 from mc_jax.parallel import memory
+from pallas_kernels import unit_length
 from pallas_kernels._state import Weights
-from pallas_kernels.short_convolution.xla import unit
 
 type Dtype = Any
 """What jax.numpy takes as a dtype."""
@@ -189,7 +189,7 @@ class MemoryCaching(nnx.Module):
         """One more token a row, x [B, D]."""
         joined, tail = self.convolution.step(jnp.concatenate(self._qkv(x), axis=-1), cache.tail)
         q, k, v = (self._heads(part) for part in jnp.split(joined, self._parts, axis=-1))
-        y, memory = caching.decode(*self._write(x, (unit(q), unit(k), v)), cache.memory)
+        y, memory = caching.decode(*self._write(x, (unit_length(q), unit_length(k), v)), cache.memory)
         return self._out(x, y), MixerCache(memory, tail)
 
     def _initial_state(self) -> Weights | None:

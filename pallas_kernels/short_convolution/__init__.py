@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from pallas_kernels._platform import on_tpu
 from pallas_kernels.short_convolution import reference, tpu, xla
+from pallas_kernels.short_convolution.xla import unit_length
 
-__all__ = ["short_convolution"]
+__all__ = ["short_convolution", "unit_length"]
 
 _IMPLEMENTATIONS = {
     "reference": reference.short_convolution,

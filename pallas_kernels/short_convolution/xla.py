@@ -10,7 +10,7 @@ def short_convolution(
     """See `pallas_kernels.short_convolution.short_convolution`; shapes as there."""
     s = jax.nn.silu(convolve(x, taps.astype(x.dtype), document_ids))
     s = s.reshape(*s.shape[:-1], heads, -1)
-    return unit(s) if normalize else s
+    return unit_length(s) if normalize else s
 
 
 def convolve(x: jax.Array, taps: jax.Array, document_ids: jax.Array | None) -> jax.Array:
@@ -26,7 +26,7 @@ def convolve(x: jax.Array, taps: jax.Array, document_ids: jax.Array | None) -> j
     return y
 
 
-def unit(x: jax.Array) -> jax.Array:
-    """X / |x| along the last axis, with a finite gradient at 0."""
+def unit_length(x: jax.Array) -> jax.Array:
+    """Return x / sqrt(|x|^2 + 1e-6) along the last axis, in x's dtype: a finite gradient at 0."""
     square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
     return (x.astype(jnp.float32) * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)

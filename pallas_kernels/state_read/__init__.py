@@ -7,7 +7,9 @@ from pallas_kernels._platform import on_tpu
 from pallas_kernels._state import Weights
 from pallas_kernels.state_read import gpu, reference, tpu, xla
 
-__all__ = ["gated_state_read"]
+__all__ = ["gated_state_read", "has_hopper_kernel"]
+
+has_hopper_kernel = gpu.has_kernel
 
 _IMPLEMENTATIONS = {
     "gpu": gpu.gated_state_read,
