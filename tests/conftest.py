@@ -61,6 +61,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if config.option.programs == "record":
         items[:] = [item for item in items if "programs" in item.fixturenames]
+    if hasattr(config, "workerinput"):
+        # The longest come first, so that no worker is left with one when the others are done.
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture
