@@ -50,7 +50,14 @@ def pytest_addoption(parser):
         "--all", action="store_const", const="all", dest="programs", help="compile those on record, too"
     )
     group.addoption(
-        "--record", action="store_const", const="record", dest="programs", help="and no other tests"
+        "--record", action="store_const", const="record", dest="programs", help="and run no other tests"
+    )
+    group.addoption(
+        "--check",
+        action="store_const",
+        const="check",
+        dest="programs",
+        help="fail where one must be compiled",
     )
 
 
@@ -59,7 +66,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.option.programs == "record":
+    if config.option.programs in ("record", "check"):
         items[:] = [item for item in items if "programs" in item.fixturenames]
     if hasattr(config, "workerinput"):
         # The longest come first, so that no worker is left with one when the others are done.

@@ -78,14 +78,16 @@ class Programs:
     test: str
     """Its name, which the record has for whoever reads it."""
     mode: str | None
-    """"record": write what is found; "all": compile everything."""
+    """"record": write what is found; "check": fail where the record lacks one; "all": compile everything."""
     seen: dict[str, bool]
     """Of each of the session's programs, by name, whether it was on record."""
     count: int = 0
 
     def knows(self, key: str) -> bool:
         """Whether the program with a fingerprint need not be compiled."""
-        return self.mode != "all" and key in by_fingerprint()
+        known = key in by_fingerprint()
+        assert known or self.mode != "check", f"{self.test}: not on record; run scripts/record_programs"
+        return known and self.mode != "all"
 
     def compiled(
         self,
