@@ -77,7 +77,7 @@ def train(arguments: Sequence[str]) -> None:
     from etils import epath
 
     from mc_jax.evaluation.summary import summarize_run
-    from mc_jax.parallel.processes import joined
+    from mc_jax.parallel.processes import first_says, joined
     from mc_jax.training.loop import train as run_training
 
     run_dir = epath.Path(chosen.runs_dir) / name
@@ -86,15 +86,16 @@ def train(arguments: Sequence[str]) -> None:
         is_done = step == chosen.config.training.steps
         rest = "goes on with the evaluation" if is_done else "goes on from there"
         stopped = f"stopped by {{signal}}, step {step} is saved; the same command {rest}"
-        signals.end_at_once(stopped)
-        is_stopped = signals.heard is not None or not is_done
+        if jax.process_index() == 0:  # which ends the others
+            signals.end_at_once(stopped)
+        is_stopped = not is_done or first_says(signals.heard is not None)
         result = None if is_stopped else summarize_run(run_dir)
         if jax.process_index() > 0:
             return
         if result is not None:
             _print_result(str(run_dir), result)
         if is_stopped:
-            print(stopped.format(signal=signals.name if signals.heard else "a signal to another process"))
+            print(stopped.format(signal=signals.name))
         else:
             print(f"report: {run_dir / 'report.html'}")
 

@@ -71,7 +71,8 @@ class StopSignals:
     @property
     def name(self) -> str:
         """What users call the signal that was heard."""
-        assert self.heard is not None
+        if self.heard is None:
+            return "a signal"
         return "Ctrl-C" if self.heard == signal.SIGINT else self.heard.name
 
     @property
@@ -95,6 +96,11 @@ class StopSignals:
         """Wait for the end, if a signal is ending the program."""
         with self._lock:
             pass
+
+    def hear_of(self, number: signal.Signals) -> None:
+        """Act on a signal that another process of this run has heard, which asks once."""
+        if self.heard is None:
+            self.hear(number)
 
     def hear(self, number: signal.Signals) -> None:
         """Act on a signal."""

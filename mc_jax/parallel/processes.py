@@ -5,8 +5,10 @@ all see; process 0 alone writes to it, but for checkpoints, of which each writes
 """
 
 import contextlib
+import ctypes
 import hashlib
 import math
+import re
 import signal
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from mc_jax.parallel.roll_call import RollCall
 
 _LONGEST_MESSAGE = 4096  # bytes
 _LONGEST_REASON = 500  # characters
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")  # how an error begins that is XLA's, whatever its type
 # All come to the end together, or within the time to fail together: who waits longer waits in vain.
 _SECONDS_TO_SHUT_DOWN = 20
 
@@ -77,30 +80,73 @@ def joined(
         cluster_detection_method=None if place.is_detected else "deactivate",
         initialization_timeout=math.ceil(patience),
         shutdown_timeout_seconds=_SECONDS_TO_SHUT_DOWN,
+        coordinator_bind_address=_bind_address(roll_call.interface, place.address),
     )
-    signals = stop_signals.current()
-    signals.pass_on = _tell_jax
-    signals.finish_first()
+    _let_aborts_wait()
     try:
-        yield
+        with _signals_shared(roll_call):
+            yield
+            roll_call.leave()
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if not isinstance(error, (ValueError, OSError, FloatingPointError)) or _STATUS.match(str(error)):
             # Most likely a collective that another process no longer takes part in.
             roll_call.wait_for_bad_news()
         roll_call.fail(" ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON])
         raise
-    roll_call.leave()
     jax.distributed.shutdown()
 
 
-def _tell_jax(number: signal.Signals) -> None:
-    """Let JAX hear of a signal, so that all processes agree on a step to stop at.
+@contextlib.contextmanager
+def _signals_shared(roll_call: RollCall) -> Iterator[None]:
+    """Let a signal to one process be heard by all, and by JAX, whose processes agree on a step to stop at."""
+    signals = stop_signals.current()
 
-    It listens to SIGTERM, which is blocked in all threads.
+    def pass_on(number: signal.Signals) -> None:
+        # JAX listens to SIGTERM, which is blocked in all threads, so that it comes to this one alone.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.raise_signal(signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        roll_call.pass_on(number)
+
+    def end_all() -> None:
+        assert signals.heard is not None
+        roll_call.end_all(signals.heard)
+
+    signals.finish_first()
+    signals.pass_on = pass_on
+    signals.tidy = end_all if jax.process_index() == 0 else None
+    try:
+        yield
+    finally:
+        signals.pass_on = signals.tidy = None
+
+
+def _let_aborts_wait() -> None:
+    """Give the roll call time to tell who is gone before JAX's client aborts this process for it.
+
+    Process 0 has JAX's service. When it dies the client of another process prints a stack trace and aborts,
+    0.1 s later, while the roll call may still wait for Python's lock. A thread that aborts sleeps first: the
+    handler is C's `sleep`, and the seconds are the number that handlers are called with, SIGABRT's.
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    signal.raise_signal(signal.SIGTERM)  # to this very thread
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
+def _bind_address(interface: str, address: str) -> str | None:
+    """Where JAX's service listens in process 0: where the roll call did."""
+    if not interface:
+        return None
+    host = f"[{interface}]" if ":" in interface else interface
+    return f"{host}:{_host_and_port(address)[1]}"
+
+
+def first_says(value: bool) -> bool:
+    """What process 0 has, in all."""
+    if jax.process_count() == 1:
+        return value
+    return _from_first(b"yes" if value else b"") == b"yes"
 
 
 def first_decides(decide: Callable[[], None]) -> None:

@@ -8,22 +8,20 @@ for a dead one.
 """
 
 import contextlib
-import json
 import os
-import socket
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any
 
-_GREETING = "mc-jax roll call 1"
-# A silent machine is found after 10 + 5 * 4 seconds.
-_KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
-_SECONDS_TO_GREET = 5.0
-_SECONDS_BETWEEN_TRIES = 0.2
+from mc_jax import stop_signals
+from mc_jax.parallel.gathering import gather, interface_of, own_name, report
+
 # An error that hits all processes is told by each of them within this time, and nobody is blamed for it.
 _SECONDS_TO_FAIL_TOGETHER = 5.0
+_SECONDS_TO_END_TOGETHER = 2.0
 
 
 class RollCall:
@@ -51,14 +49,22 @@ class RollCall:
     ):
         self._index = index
         self._part = part
+        self.interface = interface_of(address) if index == 0 else ""
+        """The address that process 0 listens on; "" stands for all."""
         self._links = (
-            _gather(address[1], count, patience) if index == 0 else _report(address, count, index, patience)
+            gather(self.interface, address[1], count, patience)
+            if index == 0
+            else report(address, count, index, patience)
         )
         self._left: set[int] = set()
         self._is_ending = False
         self._changed = threading.Condition()
-        for other in self._links:
-            threading.Thread(target=self._listen, args=(other,), name="roll call", daemon=True).start()
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(other,), name="roll call", daemon=True)
+            for other in self._links
+        ]
+        for listener in self._listeners:
+            listener.start()
 
     def leave(self) -> None:
         """Wait until all processes have come here, at the end of their work."""
@@ -76,7 +82,21 @@ class RollCall:
         """Let the others know that this process ends with an error."""
         with self._changed:
             self._is_ending = True
-        self._tell(failed=self._index, name=_own_name(), reason=reason)
+        self._tell(failed=self._index, name=own_name(), reason=reason)
+
+    def pass_on(self, number: signal.Signals) -> None:
+        """Let all others hear of a signal that asked this process to stop."""
+        self._tell(signal=number.value)
+
+    def end_all(self, number: signal.Signals) -> None:
+        """End all others as this process, 0, ends, because of a signal and with nothing left to save."""
+        with self._changed:
+            self._is_ending = True
+        self._tell(ended=number.value)
+        # JAX's service ends with this process, and would end in its way those that have not heard yet.
+        deadline = time.monotonic() + _SECONDS_TO_END_TOGETHER
+        for listener in set(self._listeners) - {threading.current_thread()}:
+            listener.join(max(0.0, deadline - time.monotonic()))
 
     def wait_for_bad_news(self) -> None:
         """Wait a while for this process to be ended because of another one."""
@@ -90,7 +110,11 @@ class RollCall:
                 with self._changed:
                     self._left.add(other)
                     self._changed.notify_all()
-            else:
+            elif "signal" in message:
+                stop_signals.current().hear_of(signal.Signals(message["signal"]))
+            elif "ended" in message:
+                os._exit(stop_signals.current().codes[signal.Signals(message["ended"])])
+            elif "reason" in message or "gone" in message:
                 if message.get("failed") == other:
                     time.sleep(_SECONDS_TO_FAIL_TOGETHER)
                 self._end(message)
@@ -118,129 +142,6 @@ class RollCall:
     def _tell(self, **message: Any) -> None:
         for link in self._links.values():
             link.send(**message)
-
-
-class _Link:
-    """A connection over which JSON objects go, one a line."""
-
-    def __init__(self, connection: socket.socket):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEP_ALIVE.items():
-            if hasattr(socket, option):  # Linux has all, others some
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self.name = ""
-        self._connection = connection
-        self._lines = connection.makefile(encoding="utf-8")
-
-    def send(self, **message: Any) -> None:
-        """Send; what cannot be sent is nobody's loss, for who listens hears of the end."""
-        with contextlib.suppress(OSError):
-            self._connection.sendall(f"{json.dumps(message)}\n".encode())
-
-    def receive(self, seconds: float) -> dict[str, Any]:
-        """The next message; {} if none comes, or nonsense."""
-        self._connection.settimeout(max(0.01, seconds))
-        try:
-            message = json.loads(self._lines.readline(1 << 16))
-        except (OSError, ValueError):
-            return {}
-        self._connection.settimeout(None)
-        return message if isinstance(message, dict) else {}
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """All that comes, until the other end is closed."""
-        with contextlib.suppress(OSError, ValueError):
-            for line in self._lines:
-                yield json.loads(line)
-
-    def close(self) -> None:
-        self._lines.close()
-        self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def _gather(port: int, count: int, patience: float) -> dict[int, _Link]:
-    """In process 0: the connections of all others, by index."""
-    deadline = time.monotonic() + patience
-    links: dict[int, _Link] = {}
-    try:
-        with _listening(port) as server:
-            while len(links) < count - 1:
-                server.settimeout(max(0.01, deadline - time.monotonic()))
-                try:
-                    link = _Link(server.accept()[0])
-                except TimeoutError:
-                    missing = ", ".join(str(other) for other in range(1, count) if other not in links)
-                    came = len(links) + 1
-                    raise ValueError(
-                        f"{came} of {count} processes came within {patience:g} s, missing: {missing}; "
-                        "see what they print, or correct --processes.count"
-                    ) from None
-                greeting = link.receive(_SECONDS_TO_GREET)
-                if greeting.get("greeting") != _GREETING:
-                    link.close()  # not one of us
-                    continue
-                link.name, other = greeting["name"], greeting["index"]
-                if greeting["count"] != count or other in (0, *links):
-                    link.send(error=(error := _disagreement(link.name, greeting, count)))
-                    raise ValueError(error)
-                links[other] = link
-    except ValueError as error:
-        for link in links.values():
-            link.send(error=str(error))
-        raise
-    for link in links.values():
-        link.send(name=_own_name())
-    return links
-
-
-def _report(address: tuple[str, int], count: int, index: int, patience: float) -> dict[int, _Link]:
-    """In another process: its connection to process 0, once all have come."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        try:
-            link = _Link(socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic())))
-        except OSError:  # it is not there yet, or its name is not known yet
-            time.sleep(_SECONDS_BETWEEN_TRIES)
-            continue
-        link.send(greeting=_GREETING, index=index, count=count, name=_own_name())
-        # Process 0 may have started later, and so may give up later.
-        answer = link.receive(deadline - time.monotonic() + patience)
-        if "error" in answer:
-            raise ValueError(answer["error"])
-        if "name" in answer and "greeting" not in answer:
-            link.name = answer["name"]
-            return {0: link}
-        link.close()  # an older run that is ending has the port, or nobody, and we talk to ourselves
-        time.sleep(_SECONDS_BETWEEN_TRIES)
-    raise ValueError(
-        f"process 0 did not answer at {address[0]}:{address[1]} within {patience:g} s; "
-        "see what it prints, or correct --processes.coordinator"
-    )
-
-
-def _listening(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-    return socket.create_server(("", port), backlog=1024)
-
-
-def _disagreement(name: str, greeting: dict[str, Any], count: int) -> str:
-    if greeting["count"] != count:
-        return (
-            f"process {greeting['index']} ({name}) was told of {greeting['count']} processes, process 0 of "
-            f"{count}; give all the same --processes.count"
-        )
-    return f"two processes have the index {greeting['index']}; give each its own --processes.index"
-
-
-def _own_name() -> str:
-    return f"{socket.gethostname()}, pid {os.getpid()}"
 
 
 def _tell_user(reason: str) -> None:
