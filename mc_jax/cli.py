@@ -20,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         stop_signals.StopSignals().__enter__()
+    # With JAX's own frames in it, a traceback tells whose error it is.
+    os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")
     words = list(sys.argv[1:] if arguments is None else arguments)
     signals = stop_signals.current()
     try:

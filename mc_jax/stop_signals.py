@@ -42,6 +42,8 @@ class StopSignals:
         """Called before the program ends at once."""
         self._is_finishing = False
         self._last_press = 0.0
+        self._is_awaited = False
+        """Whether the press of Ctrl-C that another process has told of is yet to come here."""
         self._is_over = False
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -100,6 +102,7 @@ class StopSignals:
     def hear_of(self, number: signal.Signals) -> None:
         """Act on a signal that another process of this run has heard, which asks once."""
         if self.heard is None:
+            self._is_awaited = number == signal.SIGINT
             self.hear(number)
 
     def hear(self, number: signal.Signals) -> None:
@@ -109,7 +112,7 @@ class StopSignals:
         with self._lock:
             is_first = self.heard is None
             now, before = time.monotonic(), self._last_press
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and not (is_first and self._is_awaited):
                 self._last_press = now
             if is_first:
                 self.heard = number
@@ -118,7 +121,9 @@ class StopSignals:
             elif is_first:
                 _tell(_STOPPING)
             elif number == signal.SIGINT and now - before > _SECONDS_OF_ONE_PRESS:
-                self._end(_AT_ONCE, self.codes[number])
+                if not self._is_awaited:
+                    self._end(_AT_ONCE, self.codes[number])
+                self._is_awaited = False
         if is_first and self.pass_on is not None:
             self.pass_on(number)
 

@@ -78,6 +78,7 @@ def start_two(
     output: str,
     of_second: tuple[str, ...] = (),
     folder_of_second: pathlib.Path | None = None,
+    before: tuple[Callable[[], None] | None, Callable[[], None] | None] = (None, None),
 ) -> list[Started]:
     """Start two processes that train together, the second one with more words, or elsewhere."""
     with socket.socket() as free:
@@ -85,8 +86,15 @@ def start_two(
         coordinator = f"localhost:{free.getsockname()[1]}"
     together = (*words, "--processes.coordinator", coordinator, "--processes.count", "2", "--processes.index")
     return [
-        start(folder, *together, "0", output=f"{output}.0.txt"),
-        start(folder_of_second or folder, *together, "1", *of_second, output=f"{output}.1.txt"),
+        start(folder, *together, "0", output=f"{output}.0.txt", before=before[0]),
+        start(
+            folder_of_second or folder,
+            *together,
+            "1",
+            *of_second,
+            output=f"{output}.1.txt",
+            before=before[1],
+        ),
     ]
 
 

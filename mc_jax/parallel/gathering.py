@@ -121,7 +121,7 @@ def gather(interface: str, port: int, count: int, patience: float) -> dict[int, 
     guests = _Guests()
     try:
         with _listening(interface, port) as server:
-            while len(links) < count - 1:
+            while len(links) < count - 1 or _drop_closed(links):
                 if time.monotonic() > deadline:
                     raise ValueError(_missing(count, links, guests.strangers, patience))
                 guests.let_in(server)
@@ -138,6 +138,14 @@ def gather(interface: str, port: int, count: int, patience: float) -> dict[int, 
     for link in links.values():
         link.send(name=own_name())
     return links
+
+
+def _drop_closed(links: dict[int, Link]) -> bool:
+    """Take out those that are gone already, which may be started again; whether there were any."""
+    closed = [index for index, link in links.items() if link.is_closed()]
+    for index in closed:
+        links.pop(index).close()
+    return bool(closed)
 
 
 class _Guests:

@@ -1,5 +1,6 @@
 """Runs that are disturbed at a chosen place, and how to see that they end as one that was not."""
 
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -12,6 +13,7 @@ import termios
 import time
 from typing import Any
 
+import numpy as np
 from training_process import Started, start
 
 from mc_jax import stop_signals
@@ -94,6 +96,13 @@ def make_workplace(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+class HoldsPython(Disturbance):
+    """Python's lock, held for two seconds by C, as while a large array is copied."""
+
+    def _send(self) -> None:
+        ctypes.PyDLL(None).usleep(2_000_000)
+
+
 class Hangup(Disturbance):
     """The loss of the terminal that a process prints to."""
 
@@ -131,22 +140,18 @@ def outcome(run: pathlib.Path) -> dict[str, Any]:
     """What must be the same, bit by bit, whatever disturbed a run on its way to its end."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     numbers = [{name: line[name] for name in ("step", "tokens", "loss", "grad_norm")} for line in lines]
-    return {
-        "metrics": numbers,
-        "files": sorted(path.name for path in run.iterdir()),
-        "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
-        "state": _digest(run),
-    }
+    files = sorted(path.name for path in run.iterdir())
+    return {"metrics": numbers, "files": files, "state": _digest(run)}
 
 
 def _digest(run: pathlib.Path) -> str:
-    """Of the last checkpoint's numbers."""
+    """Of the trained weights."""
     import jax
-    from orbax.checkpoint import v1 as ocp
 
-    with ocp.training.Checkpointer(run.resolve() / "checkpoints") as checkpointer:
-        tree: Any = checkpointer.load(STEPS)
+    from mc_jax.training.run import load_run
+    from mc_jax.training.step import split_model
+
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        digest.update(jax.tree_util.keystr(path).encode() + memoryview(leaf).tobytes())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(split_model(load_run(run).model)[1]):
+        digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()

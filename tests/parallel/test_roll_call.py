@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import json
 import os
 import socket
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from mc_jax.cli import main
+from mc_jax.parallel.gathering import interface_of
 from mc_jax.parallel.processes import _place, joined
 from mc_jax.parallel.roll_call import RollCall
 
@@ -59,15 +61,113 @@ def test_two_processes_with_one_index_are_told_so(port):
     assert told == ["two processes have the index 1; give each its own --processes.index"] * 3
 
 
-def test_strangers_at_the_port_are_not_counted(port):
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        first = threads.submit(call, port, (0, 2), patience=2.0)
-        for _ in range(200):
-            time.sleep(0.01)
-            with contextlib.suppress(OSError), socket.create_connection(("localhost", port)) as stranger:
-                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+GREETING = {"greeting": "mc-jax roll call 2", "index": 1, "count": 2, "name": "a, pid 1"}
+
+
+def greeting(**changed) -> bytes:
+    return json.dumps(GREETING | changed).encode() + b"\n"
+
+
+# What comes from no process of any run, though it may know the words.
+NONSENSE = [
+    b"",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"\xff\xfe\x00\n",
+    b"[]\n",
+    b"[" * 5000 + b"\n",
+    b"x" * 100_000,
+    b'{"greeting": "mc-jax roll call 2"}\n',
+    greeting(greeting="mc-jax roll call 1"),
+    greeting(index=7),
+    greeting(index=-1),
+    greeting(index="1"),
+    greeting(index=True),
+    greeting(index=1.0),
+    greeting(index=[1]),
+    greeting(count=None),
+    greeting(name=5),
+    greeting(name="n" * 1000),
+]
+
+
+def knock(port: int, *words: bytes) -> list[socket.socket]:
+    """Connections that have said these words each, as soon as somebody listens."""
+    connections = []
+    for said in words:
+        for _ in range(1000):
+            with contextlib.suppress(OSError):
+                connections.append(connection := socket.create_connection(("localhost", port)))
+                connection.sendall(said)
                 break
-        assert "1 of 2 processes came" in first.result()[0]
+            time.sleep(0.01)
+    return connections
+
+
+def test_nonsense_at_the_port_ends_nothing_and_is_counted(port):
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        first = threads.submit(call, port, (0, 2), patience=3.0)
+        for connection in knock(port, *NONSENSE):
+            connection.close()
+        (told,) = first.result()
+    assert told == (
+        "1 of 2 processes came within 3 s, missing: 1 "
+        f"({len(NONSENSE)} connections were of no process of this run); "
+        "see what they print, or correct --processes.count"
+    )
+
+
+def test_those_who_say_nothing_hold_up_nobody(port):
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        first = threads.submit(call, port, (0, 2))
+        silent = knock(port, *[b"{"] * 20)
+        began = time.monotonic()
+        assert call(port, (1, 2)) == [""]
+        assert first.result() == [""]
+        assert time.monotonic() - began < 5.0, "each may take five seconds to greet, beside the others"
+        for connection in silent:
+            connection.close()
+
+
+def test_a_process_that_is_started_again_takes_its_place(port):
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        first = threads.submit(call, port, (0, 3))
+        (killed,) = knock(port, greeting(count=3))
+        time.sleep(0.3)
+        killed.close()
+        assert call(port, (1, 3), (2, 3)) == ["", ""]
+        assert first.result() == [""]
+
+
+def test_process_0_listens_on_the_coordinators_interface_alone(port):
+    assert interface_of(("127.0.0.1", port)) == "127.0.0.1"
+    assert interface_of(("localhost", port)) in ("127.0.0.1", "::1")
+    assert interface_of(("192.0.2.1", port)) == "", "an address of no machine may be a router's"
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        first = threads.submit(call, port, (0, 2))
+        knock(port, b"\n")[0].close()
+        elsewhere = socket.gethostbyname(socket.gethostname())
+        for address in {elsewhere, "127.0.0.2"} - {"127.0.0.1"}:
+            with pytest.raises(OSError, match="refused"):
+                socket.create_connection((address, port), timeout=5.0)
+        assert call(port, (1, 2)) == [""]
+        assert first.result() == [""]
+
+
+def test_a_machines_own_name_that_is_a_loopback_address_is_not_listened_to(monkeypatch):
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 1))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    assert interface_of(("node017", 1)) == "", "the others know that name by another address"
+
+
+def test_nonsense_from_a_process_of_the_run_is_dropped(port):
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        first = threads.submit(call, port, (0, 2))
+        (second,) = knock(port, greeting())
+        for said in NONSENSE[2:5]:
+            second.sendall(said)
+        second.sendall(b'{"left": 1}\n')
+        assert first.result() == [""]
+        second.close()
 
 
 @pytest.mark.parametrize(
