@@ -18,7 +18,7 @@ from training_process import Started, start
 
 from mc_jax import stop_signals
 
-STEPS = 6
+STEPS = 12
 RECIPE = '''
 """A run of a second, for tests."""
 from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig

@@ -11,6 +11,7 @@ from disturbed import STEPS, Disturbance, Hangup, make_workplace, outcome, run, 
 pytestmark = pytest.mark.xdist_group("faults")  # one worker: they share a run and its compiled programs
 
 SAVING = "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize"
+COUNTING = "mc_jax.training.checkpoint.writing:write_digest"
 BEFORE = "before a step was done; the same command goes on"
 SAVED = r"step (\d+) is saved; the same command goes on from there"
 SAVED_WHILE_SAVING = r"step (\d+) is saved; the same command goes on (from there|with the evaluation)"
@@ -22,6 +23,7 @@ PHASES = [
     (Disturbance("mc_jax.training.step:token_losses", ()), BEFORE),  # while the first step is compiled
     (Disturbance("mc_jax.training.loop:on_mesh", (), entry=2), SAVED),
     (Disturbance(SAVING, ()), SAVED_WHILE_SAVING),
+    (Disturbance(COUNTING, ()), SAVED_WHILE_SAVING),
     (Disturbance("mc_jax.evaluation.summary:evaluate_held_out", ()), EVALUATION),
     (Disturbance("mc_jax.evaluation.summary:write_report", ()), EVALUATION),
 ]
