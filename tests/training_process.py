@@ -98,6 +98,15 @@ def start_two(
     ]
 
 
+def wait_for_words(started: Started, words: str) -> None:
+    """Wait until a process has printed some words."""
+    deadline = time.monotonic() + 300
+    while not any(words in line for line in started.lines()):
+        assert started.process.is_alive(), started.lines()
+        assert time.monotonic() < deadline, started.lines()
+        time.sleep(0.01)
+
+
 def wait_for_step(run: pathlib.Path, step: int, processes: list[Started]) -> None:
     """Wait until a run has written the metrics of a step."""
     metrics = run / "metrics.jsonl"

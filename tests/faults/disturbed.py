@@ -124,16 +124,22 @@ class Hangup(Disturbance):
 
 
 def train(
-    workplace: pathlib.Path, name: str, disturbance: Disturbance | None = None, words: tuple[str, ...] = ()
+    workplace: pathlib.Path, name: str, disturbance: Disturbance | None = None, seconds_a_step: float = 0.0
 ) -> Started:
     """Start to train a run, or to go on with it."""
-    return run(workplace, "train", "tiny.py", "--name", name, *words, disturbance=disturbance)
+    words = ("train", "tiny.py", "--name", name)
+    return run(workplace, *words, disturbance=disturbance, seconds_a_step=seconds_a_step)
 
 
-def run(workplace: pathlib.Path, *words: str, disturbance: Disturbance | None = None) -> Started:
+def run(
+    workplace: pathlib.Path,
+    *words: str,
+    disturbance: Disturbance | None = None,
+    seconds_a_step: float = 0.0,
+) -> Started:
     """Start any command."""
     output = f"{time.monotonic_ns()}.txt"
-    return start(workplace, *words, output=output, before=disturbance, seconds_a_step=0.0)
+    return start(workplace, *words, output=output, before=disturbance, seconds_a_step=seconds_a_step)
 
 
 def outcome(run: pathlib.Path) -> dict[str, Any]:

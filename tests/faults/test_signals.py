@@ -1,8 +1,12 @@
 """A run that signals stop, whatever it is doing, says so; the same command ends it as if none had come."""
 
+import contextlib
+import os
+import random
 import re
 import subprocess
 import sys
+import time
 from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
 
 import pytest
@@ -69,6 +73,18 @@ def test_a_kill_in_each_phase_of_one_run_loses_nothing(workplace, whole):
     for place, _ in PHASES:
         assert train(workplace, "killed", place.with_signals(SIGKILL)).end(60) == -SIGKILL, place
     must_end_as(whole, workplace, "killed")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_ended_at_twelve_random_moments_loses_nothing(workplace, whole):
+    moments = random.Random(0)
+    for number in [SIGKILL, SIGTERM, SIGINT] * 4:
+        started = train(workplace, "random", seconds_a_step=0.05)
+        time.sleep(moments.uniform(0.2, 3.0))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(started.pid, number)
+        assert started.end(60) in (CODES.get(number, -number), 0), started.lines()
+    must_end_as(whole, workplace, "random")
 
 
 @pytest.mark.parametrize("where", ["mc_jax.training.loop:on_mesh", SAVING], ids=["step", "save"])
