@@ -107,8 +107,6 @@ class StopSignals:
 
     def hear(self, number: signal.Signals) -> None:
         """Act on a signal."""
-        if number == signal.SIGHUP:
-            _forget_terminal()
         with self._lock:
             is_first = self.heard is None
             now, before = time.monotonic(), self._last_press
@@ -132,6 +130,8 @@ class StopSignals:
             number = signal.Signals(signal.sigwait(signals))
             if self._is_over:
                 return
+            if number == signal.SIGHUP:
+                _forget_terminal()
             self.hear(number)
 
     def _end(self, words: str, code: int) -> None:

@@ -9,7 +9,6 @@ import ipaddress
 import json
 import os
 import queue
-import select
 import socket
 import threading
 import time
@@ -56,12 +55,15 @@ class Link:
 
     def is_closed(self) -> bool:
         """Whether the other end is closed already."""
+        self._connection.settimeout(0.0)
         try:
-            return bool(select.select([self._connection], [], [], 0)[0]) and not self._connection.recv(
-                1, socket.MSG_PEEK
-            )
+            return not self._connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
         except OSError:
             return True
+        finally:
+            self._connection.settimeout(None)
 
     def close(self) -> None:
         """End the connection."""
