@@ -12,7 +12,7 @@ import time
 
 from etils import epath
 
-from mc_jax.data.files import is_in_bucket
+from mc_jax.data.files import is_in_bucket, sync
 
 _SECONDS_BETWEEN_WRITES = 30.0
 
@@ -39,6 +39,7 @@ class GrowingFile:
         self._clock = -math.inf  # the first text is shown at once
         if not is_in_bucket(path):
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+            sync(path.parent)  # else a power cut takes its name
         elif path.exists():
             self._parts.append(path.read_text())
             self._written = 1

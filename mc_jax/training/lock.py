@@ -55,6 +55,7 @@ class RunLock:
             "since": _now(),
             "nonce": uuid.uuid4().hex,
         }
+        self._written = 0
         self._opened: int | None = None
         self._has_flock = False
         self._made: list[epath.Path] = []
@@ -166,7 +167,8 @@ class RunLock:
         return record is not None and record.get("nonce") == self._record["nonce"]
 
     def _write(self) -> None:
-        text = json.dumps(self._record | {"refreshed": _now()}) + "\n"
+        self._written += 1
+        text = json.dumps(self._record | {"refreshed": _now(), "beats": f"{self._written:09}"}) + "\n"
         if self._opened is None:
             self._path.write_text(text)
             return

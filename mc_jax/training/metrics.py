@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from etils import epath
 
-from mc_jax.data.files import write_text
+from mc_jax.data.files import make_folder, write_text
 from mc_jax.training._buckets import GrowingFile
 from mc_jax.training._tensorboard import EventFile
 
@@ -38,7 +38,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: epath.PathLike, start_step: int, *, checkpoint_every: int = 1):
         run_dir = epath.Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         earlier = _drop_lines_after(run_dir, start_step)
         lost = start_step - len(earlier)
         if lost > 0:

@@ -1,13 +1,15 @@
 """Runs in buckets: an object is written whole, and its path is no folder's."""
 
 import importlib
+import os
 import warnings
 
 import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
+from run_folders import names, open_once
 
-from mc_jax.training import checkpoint, metrics
+from mc_jax.training import checkpoint, lock, metrics, run_folder
 from mc_jax.training._buckets import GrowingFile
 from mc_jax.training.checkpoint.digest import (
     DamagedError,
@@ -110,3 +112,32 @@ def test_a_checkpoint_in_a_bucket_is_held_against_its_digest_and_deleted(bucket)
         verify(bucket / "5", read_digests(bucket / "5"))
     delete_step(bucket, 5)
     assert steps_in(bucket) == []
+
+
+def test_a_lock_in_a_bucket_is_an_object_that_its_holder_keeps_writing(bucket, monkeypatch):
+    monkeypatch.setattr(lock, "_SECONDS_TO_COLLIDE", 0.02)
+    patience = {"between_beats": 0.02, "to_die": 0.5}
+    with lock.RunLock(bucket, **patience) as held:
+        held.check()
+        told = rf"^process {os.getpid()} on .* trains gs://bucket/run; wait"
+        refused = pytest.raises(ValueError, match=told)
+        with refused, lock.RunLock(bucket, **patience):
+            pass
+        held.check()
+        (bucket / lock.LOCK_FILE).unlink()
+        held._beats.join(timeout=5)
+        with pytest.raises(ValueError, match="was deleted or moved while it trained"):
+            held.check()
+    (bucket / lock.LOCK_FILE).write_text('{"host": "a host that died", "pid": 1, "since": "then"}')
+    with lock.RunLock(bucket, between_beats=0.02, to_die=0.05):
+        pass
+    assert not (bucket / lock.LOCK_FILE).exists()
+
+
+def test_a_run_in_a_bucket_is_begun_gone_on_with_and_overwritten(bucket, config, monkeypatch):
+    monkeypatch.setattr(lock, "_SECONDS_TO_COLLIDE", 0.0)
+    monkeypatch.setattr(run_folder, "newest_seal", lambda _: None)
+    files = {"config.json", "tokenizer.json", "stages.json"}
+    for overwrite in (False, False, True, True):
+        assert open_once(bucket, config, overwrite=overwrite) == 0
+        assert names(bucket) == files
