@@ -7,7 +7,9 @@ import base64
 import dataclasses
 import html
 import math
+import os
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -238,7 +240,10 @@ def _stages(stages: Sequence[Change]) -> str:
 
 def _commands(run_dir: epath.Path, prompt: str) -> str:
     run, prompt = shlex.quote(str(run_dir)), shlex.quote(prompt)
+    # Where the program is, for who has not entered its environment: scripts/train has not.
+    environment = os.path.relpath(sys.prefix) if sys.prefix.startswith(os.getcwd()) else sys.prefix
     commands = (
+        ("In the environment that trained it:", f"source {shlex.quote(environment)}/bin/activate"),
         ("Measure it on held-out text again, or on other settings:", f"mc-jax eval {run}"),
         ("Let it write:", f"mc-jax generate {run} --prompt {prompt}"),
     )
