@@ -238,7 +238,7 @@ def peak_bytes() -> int | None:
 
 
 def run_cases(part: str, deadline: float, chosen: argparse.Namespace) -> None:
-    """Compile all side by side, for compiling takes one core each; then time one after another."""
+    """Compile side by side, then time one after another."""
     measured = [
         case for case in cases(part, chosen.quick) if is_wanted(f"{case.what}, {case.size_name}", chosen.only)
     ]
@@ -251,23 +251,26 @@ def run_cases(part: str, deadline: float, chosen: argparse.Namespace) -> None:
     each = _QUICK_SECONDS if chosen.quick else _SECONDS_A_CASE
     for case in measured:
         values_of(case)  # before there are threads, which would all draw them
-    threads = concurrent.futures.ThreadPoolExecutor(max(2, (os.cpu_count() or 2) * 3 // 4))
+    # Few at a time, so that the first are ready early: each has XLA's own threads, too.
+    threads = concurrent.futures.ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 4))
     programs = [threads.submit(compile_case, case) for case in measured]
-    references = [threads.submit(save_reference, case, chosen.references) for case in _one_of_each(measured)]
+    beside = concurrent.futures.ThreadPoolExecutor(2)
+    references = [beside.submit(save_reference, case, chosen.references) for case in _one_of_each(measured)]
     # What is not ready then is given up: running takes some seconds each.
     ready_by = deadline - 1.5 * each * len(measured)
     concurrent.futures.wait([*programs, *references], timeout=max(1.0, ready_by - time.monotonic()))
+    threads.shutdown(wait=False, cancel_futures=True)
     for case, program in zip(measured, programs, strict=True):
         row = dict(case.row)
         try:
-            if not program.done():
-                program.cancel()
+            if program.cancelled() or not program.done():
                 row["skipped"] = "was not compiled in time"
             elif time.monotonic() > deadline - 2 * each:
                 row["skipped"] = "no time was left"
             else:
                 compiled, seconds = program.result()
                 row |= {"compile_seconds": seconds} | measure(case, compiled, chosen.references, each)
+                row |= {} if all(one.done() for one in programs) else {"beside_compiling": True}
         except Exception as error:
             row["failed"] = one_line(error)
         say(row)

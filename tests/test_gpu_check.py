@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import textwrap
 
+import jax
 import pytest
 from pages import ROOT
 
@@ -24,6 +26,7 @@ def _run(folder, *only):
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
     )
 
 
