@@ -132,16 +132,17 @@ No GPU has run any of this yet: none was at hand. On one H100 or H200, within ei
 internet, with the JAX (0.11.2 or later), Flax and Optax that the machine has, and PyTorch if it is there,
 
 ```sh
-scripts/gpu_check --output gpu
+scripts/gpu_check
 ```
 
-prints the table for this page, and keeps it with all numbers in `gpu/`. It compares every operation with its
-plain reference; then layers of linear, delta and titans memories, read alone, gated and sparse, 8 rows of
-4,096 tokens and one of 32,768 (8 heads of 128, segments of 256, bfloat16, forward and backward): XLA's
-forms and the Mosaic GPU read, beside the same in PyTorch, eager and compiled; and a training step of
-`paper-170m-linear-gated`, its whole batch of 128 rows. Each row says whether its numbers agree with the
-reference. What fails is a line of the table, and the rest goes on. `--only TEXT` measures a part again;
-`--quick` tries the script in a minute or two on a CPU.
+prints the table for this page, and keeps it with all numbers in `build/gpu_check` (`--output FOLDER`). It
+compares every operation with its plain reference; then layers of linear, delta and titans memories, read
+alone, gated and sparse, 8 rows of 4,096 tokens and one of 32,768 (8 heads of 128, segments of 256, bfloat16,
+forward and backward): XLA's forms and the Mosaic GPU read, beside the same in PyTorch, eager and compiled;
+and a training step of `paper-170m-linear-gated`, its whole batch of 128 rows. Each row says whether its
+numbers agree with the reference. What fails, or has no time left, is a line of the table, and the rest goes
+on; the same command again finds what was compiled. `--only TEXT` measures a part, `--quick` tries the script
+on a CPU.
 
 Compiled for an H100 that is not here (jaxlib 0.11.2 with CUDA 13, no autotuning), temporaries in GB:
 

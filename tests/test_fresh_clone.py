@@ -29,6 +29,7 @@ APPENDED: dict[str, list[str] | None] = {
     "scripts/setup": None,  # some bring gigabytes
     "scripts/setup aot": [],  # scripts/test does so too
     "scripts/launch": None,
+    "scripts/gpu_check": ["--help"],
     "mc-jax train": ["--help"],
     "mc-jax train quickstart --name mine": TINY,
     "mc-jax train quickstart --name baseline": TINY,
