@@ -75,13 +75,14 @@ def test_any_defined_settings_agree_with_the_reference(case):
     assert np.max(np.abs(y - expected)) <= 1e-9 * max(np.max(np.abs(expected)), 1e-3)
 
 
-# Every memory with two aggregations, each of these with three memories.
+# Every memory once, and every way to read: of matrices (each with another memory) and of MLPs.
 @pytest.mark.parametrize(
     ("memory", "mlp", "aggregation"),
     [
-        pytest.param(*memory, aggregation, marks=pytest.mark.slow if place else [])
-        for place, memory in enumerate(MEMORIES)
-        for aggregation in (("none", "soup"), ("gated", "sparse"))[place % 2]
+        (*memory, aggregation)
+        for memory, aggregation in zip(
+            MEMORIES, ("none", "gated", "soup", "sparse", "soup", "sparse"), strict=True
+        )
     ],
 )
 def test_bfloat16_is_as_near_as_its_inputs_are_round(memory, mlp, aggregation):

@@ -22,16 +22,8 @@ def optimized():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
-def test_attention_recalls_nearly_all_and_cached_memories_far_more_than_their_base():
-    attention, base, gated = (
-        run(cell).accuracy[0]
-        for cell in (
-            Cell(memory="attention", seeds=1),
-            Cell(aggregation="none", seeds=1),
-            Cell(aggregation="gated", seeds=1),
-        )
-    )
-    assert attention >= 0.98
+def test_cached_memories_recall_far_more_than_their_base():
+    base, gated = (run(Cell(aggregation=name, seeds=1)).accuracy[0] for name in ("none", "gated"))
     assert gated >= base + 0.15, f"gated recalls {gated:.3f}, its base {base:.3f}"
 
 
@@ -67,9 +59,9 @@ def test_what_does_not_go_together_ends_with_one_line(arguments, message, capsys
 
 def test_it_runs_as_a_program():
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.mqar", "--seeds", "1", "--steps", "1"],
+        [sys.executable, "-m", "experiments.mqar", "--memory", "attention", "--seeds", "1", "--steps", "1"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "cache bytes    28672" in done.stdout
+    assert "cache bytes    36864" in done.stdout

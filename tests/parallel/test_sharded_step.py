@@ -189,17 +189,12 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=5e-3)
 
 
-@functools.cache
-def losses_alone(config: Config) -> list[float]:
-    return losses(config, ONE, config.training.steps)
-
-
-@pytest.mark.xdist_group("twenty losses")
-@pytest.mark.parametrize("mesh", MESHES)
-def test_twenty_losses_on_a_mesh_are_those_on_one_device(mesh):
-    # With a larger rate Adam soon blows up rounding, where a gradient is nearly zero.
+def test_twenty_losses_on_a_mesh_are_those_on_one_device():
+    # With a larger rate Adam soon blows up rounding, where a gradient is nearly zero. The other meshes take
+    # some steps in the tests before and after this one.
     config = config_of(MODELS["linear, gated"], learning_rate=3e-4)
-    np.testing.assert_allclose(losses(config, MESHES[mesh], 20), losses_alone(config), rtol=1e-4)
+    found = losses(config, MESHES["replica 2, fsdp 2, tensor 2"], 20)
+    np.testing.assert_allclose(found, losses(config, ONE, 20), rtol=1e-4)
 
 
 def test_parts_of_a_batch_are_spread_over_all_devices():

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from tpu_topology import CHIPS as NAMES
-from tpu_topology import four, lower_for
+from tpu_topology import four, lower_for, lowered_step
 
 from mc_jax.cli import main
 from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+from mc_jax.planning import memory
 from mc_jax.planning.chips import CHIPS
 from mc_jax.planning.memory import capacity_of, refused_memory
 from mc_jax.planning.plan import plan, vocabulary_of
@@ -54,11 +55,11 @@ def test_a_recipe_is_planned_for_tpus_from_the_command_line(recipe):
     found = json.loads(done.stdout)
     assert (found["mesh"], found["rows"]) == ({"replica": 1, "fsdp": 4, "sequence": 1, "tensor": 1}, 2)
     assert found["vocabulary"] == 512
-    memory, speed = found["memory"], found["speed"]
-    assert sum(memory["parts"].values()) == memory["total"]
-    assert memory["fits"]
-    assert memory["parts"]["weights"] == 4 * sum(found["parameters"].values()) // 4 or (
-        memory["parts"]["weights"] > found["parameters_total"]
+    needed, speed = found["memory"], found["speed"]
+    assert sum(needed["parts"].values()) == needed["total"]
+    assert needed["fits"]
+    assert needed["parts"]["weights"] == 4 * sum(found["parameters"].values()) // 4 or (
+        needed["parts"]["weights"] > found["parameters_total"]
     ), "small parameters are whole on all chips"
     assert speed["is_estimate"]
     assert speed["least_seconds"] <= speed["seconds"] <= speed["most_seconds"]
@@ -77,11 +78,11 @@ def test_a_recipe_is_planned_for_gpus_by_formula(recipe, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["chips"], found["vocabulary"], found["speed"]) == (8, 32_000, None)
     assert "assumed" in found["vocabulary_source"]
-    memory = found["memory"]
-    assert memory["parts"]["weights"] == found["parameters_total"] * 4 // 8
-    assert memory["parts"]["optimizer state"] == pytest.approx(2 * memory["parts"]["weights"], rel=1e-3)
-    assert memory["parts"]["gradients"] == memory["parts"]["weights"]
-    assert not memory["is_compiled"]
+    parts = found["memory"]["parts"]
+    assert parts["weights"] == found["parameters_total"] * 4 // 8
+    assert parts["optimizer state"] == pytest.approx(2 * parts["weights"], rel=1e-3)
+    assert parts["gradients"] == parts["weights"]
+    assert not found["memory"]["is_compiled"]
 
 
 def test_plans_are_laid_side_by_side(recipe, capsys):
@@ -154,24 +155,29 @@ def test_what_a_refused_step_lacks_is_read_off_the_message():
     weights = jax.ShapeDtypeStruct((2**28,), jnp.float32)
     state = TrainState({"w": weights}, (), jax.ShapeDtypeStruct((), jnp.int32))
     message = "the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G)."
-    memory = refused_memory(message, state, {})
-    assert memory is not None
-    assert not memory.fits
-    assert memory.free == -4.25 * 2**30
-    assert memory.parts["weights"] == 2**30
-    assert sum(memory.parts.values()) == memory.total
+    found = refused_memory(message, state, {})
+    assert found is not None
+    assert not found.fits
+    assert found.free == -4.25 * 2**30
+    assert found.parts["weights"] == 2**30
+    assert sum(found.parts.values()) == found.total
     assert refused_memory("scoped vmem limit exceeded", state, {}) is None
 
 
-def test_a_step_that_does_not_fit_is_told_so():
-    four("v5e")
+def test_a_step_that_does_not_fit_is_told_so(programs):
     model = ModelConfig(num_layers=2, model_dim=256, num_heads=2, mlp_dim=16_384, aggregation="none")
     training = TrainingConfig(batch_size=4 * 64)
     config = Config(model=model, data=DataConfig(context_length=4096), training=training)
-    memory = plan(config, topology="v5e:2x2", estimate=False).memory
+
+    def planned():
+        found = plan(config, topology="v5e:2x2", vocab_size=512, estimate=False).memory
+        return {"total": found.total, "fits": found.fits}
+
+    step = lowered_step(config, "v5e:2x2", vocabulary=512)
+    found = programs.compiled(step, planned, [plan, memory])
     # Of two layers' MLPs alone a token leaves three times 16,384 numbers of two bytes.
-    assert memory.total > 2 * 3 * 16_384 * 2 * 64 * 4096
-    assert not memory.fits
+    assert found["total"] > 2 * 3 * 16_384 * 2 * 64 * 4096
+    assert not found["fits"]
 
 
 def test_a_large_product_costs_what_one_counts_and_reaches_most_of_the_peak():
