@@ -36,9 +36,10 @@ def write_text(path: epath.PathLike, text: str) -> None:
         return
     part = path.with_name(path.name + UNFINISHED[0])
     try:
-        part.write_text(text)
-        sync(part)
-        part.replace(path)
+        with named(path):
+            part.write_text(text)
+            sync(part)
+            part.replace(path)
     except OSError:  # a full disk: what is there of the new one is in the way
         part.unlink(missing_ok=True)
         raise
@@ -96,6 +97,17 @@ def sync(path: epath.PathLike) -> None:
 
 
 @contextlib.contextmanager
+def named(path: epath.PathLike) -> Generator[None]:
+    """Let an error of the file system name the file, as those of writing and flushing do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
+@contextlib.contextmanager
 def new_folder(path: Path) -> Generator[Path]:
     """Yield an empty folder beside `path`, which takes that name at the end.
 
@@ -112,6 +124,7 @@ def new_folder(path: Path) -> Generator[Path]:
     partial.mkdir()
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(named(path))
             with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it
                 stack.enter_context(_locked(partial))
             yield partial

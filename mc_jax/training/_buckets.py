@@ -12,7 +12,7 @@ import time
 
 from etils import epath
 
-from mc_jax.data.files import is_in_bucket, sync
+from mc_jax.data.files import is_in_bucket, named, sync
 
 _SECONDS_BETWEEN_WRITES = 30.0
 
@@ -49,12 +49,13 @@ class GrowingFile:
         if self._file is not None:
             data, length = text.encode(), os.fstat(self._file.fileno()).st_size
             try:
-                while data:
-                    data = data[self._file.write(data) :]
-            except OSError as error:
+                with named(self._path):
+                    while data:
+                        data = data[self._file.write(data) :]
+            except OSError:
                 with contextlib.suppress(OSError):
                     self._file.truncate(length)
-                raise OSError(error.errno, error.strerror, os.fspath(self._path)) from None
+                raise
             return
         self._parts.append(text)
         if time.monotonic() - self._clock >= self._seconds:
@@ -63,7 +64,8 @@ class GrowingFile:
     def sync(self) -> None:
         """Flush what was written to the disk."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with named(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Write what is left."""

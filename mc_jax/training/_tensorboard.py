@@ -4,11 +4,12 @@ tensorboardX's own writer hands events through a queue to a thread: a full disk 
 training then waits for ever for a place in the queue. Its records are used here, without the thread.
 """
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from mc_jax.data.files import named
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
 
@@ -44,23 +45,15 @@ class EventFile:
         ]
         self._write(step=step, summary=summary(value=scalars))
         if time.monotonic() - self._flushed >= _SECONDS_BETWEEN_FLUSHES:
-            with self._named():
+            with named(self._writer._file_name):
                 self._writer.flush()
             self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Write what is left."""
-        with self._named():
+        with named(self._writer._file_name):
             self._writer.close()
 
     def _write(self, **content: Any) -> None:
-        with self._named():
+        with named(self._writer._file_name):
             self._writer.write_event(self._events["Event"](wall_time=time.time(), **content))
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Let an error of the file system name the file."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._writer._file_name) from None

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from etils import epath
 
-from mc_jax.data.files import is_in_bucket, make_folder
+from mc_jax.data.files import is_in_bucket, make_folder, named
 
 LOCK_FILE = "run.lock"
 _SECONDS_BETWEEN_BEATS = 10.0
@@ -173,9 +173,10 @@ class RunLock:
             self._path.write_text(text)
             return
         # In place, for the lock is the file's; of one length after the first time.
-        os.pwrite(self._opened, text.encode(), 0)
-        os.ftruncate(self._opened, len(text.encode()))
-        os.fsync(self._opened)
+        with named(self._path):
+            os.pwrite(self._opened, text.encode(), 0)
+            os.ftruncate(self._opened, len(text.encode()))
+            os.fsync(self._opened)
 
     def _close(self) -> None:
         if self._opened is not None:
