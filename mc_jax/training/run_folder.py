@@ -94,7 +94,7 @@ def opened(run_dir: epath.Path, config: Config, *, overwrite: bool) -> Iterator[
                 )
             dataset = _open_data(config, run_dir / TOKENIZER_FILE)
             seal = make_seal(config, dataset)
-            found = OpenRun(run_dir, config, dataset, seal, read_stages(run_dir), None)
+            found = OpenRun(run_dir, config, dataset, seal, _stages(run_dir, read_config(run_dir)), None)
         must_agree("text to train on", json.dumps(found.seal))
         yield found
 
@@ -134,8 +134,12 @@ def _open(run_dir: epath.Path, config: Config, lock: RunLock, *, overwrite: bool
         dataset.tokenizer.save(run_dir / TOKENIZER_FILE)
     if not (run_dir / CONFIG_FILE).exists():
         write_text(run_dir / CONFIG_FILE, configs.to_json(config))
+    return OpenRun(run_dir, config, dataset, seal, _stages(run_dir, earlier), lock)
+
+
+def _stages(run_dir: epath.Path, earlier: Config) -> Stages:
     stages = read_stages(run_dir)
-    return OpenRun(run_dir, config, dataset, seal, stages if stages.stages else one_stage(earlier), lock)
+    return stages if stages.stages else one_stage(earlier)
 
 
 def _open_data(config: Config, tokenizer_path: epath.Path | None = None) -> Dataset:

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 
+import jax
 import pytest
 from run_folders import names, open_once, train_to, with_training
 
@@ -187,10 +188,13 @@ def test_a_stage_that_was_never_saved_is_forgotten(run, config):
     assert [(stage.from_step, stage.batch_size) for stage in read_stages(run).stages] == [(0, 4)]
 
 
-def test_an_older_run_without_stages_goes_on(run, config):
+def test_an_older_run_without_stages_goes_on(run, config, monkeypatch):
     open_once(run, config)
     train_to(run, 10)
     (run / STAGES_FILE).unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "process_index", lambda: 1)
+        assert open_once(run, config, step=10) == 40, "a second process reads the rows after the same one"
     assert open_once(run, config, step=10) == 40
     assert open_once(run, with_training(config, batch_size=8), step=10) == 40
     assert [stage.from_step for stage in read_stages(run).stages] == [0, 10]
