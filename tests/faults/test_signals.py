@@ -118,7 +118,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_ends(workplace, whole):
     [
         (("eval", "runs/whole"), "mc_jax.evaluation.perplexity:evaluate_held_out"),
         (("generate", "runs/whole", "--prompt", "the sea"), "mc_jax.inference.generate:load_run"),
-        (("plan", "quickstart", "--chip", "cpu"), "mc_jax.planning.plan:must_fit"),
+        (("plan", "quickstart", "--topology", "v5e:2x2"), "mc_jax.planning.topology:read_topology"),
         (
             ("prepare", "text.txt", "--output", "made", "--tokenizer", "bytes"),
             "mc_jax.data.prepare:write_json",
