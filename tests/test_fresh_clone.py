@@ -20,7 +20,7 @@ TINY = [
     *("--model.num-layers", "1", "--model.model-dim", "8", "--model.num-heads", "2", "--model.mlp-dim", "8"),
     *("--data.context-length", "128", "--training.steps", "2", "--training.batch-size", "2"),
     *("--training.warmup-steps", "1", "--evaluation.batch-size", "64", "--evaluation.tokens", "512"),
-    *("--evaluation.sample-tokens", "4"),
+    *("--evaluation.stride", "128", "--evaluation.sample-tokens", "4"),
 ]
 # What is appended to a command, by how it begins; the longest that fits counts. None: not run at all.
 APPENDED: dict[str, list[str] | None] = {
@@ -32,7 +32,6 @@ APPENDED: dict[str, list[str] | None] = {
     "scripts/gpu_check": ["--help"],
     "mc-jax train": ["--help"],
     "mc-jax train quickstart --name mine": TINY,
-    "mc-jax train quickstart --name baseline": TINY,
     "mc-jax eval": [],
     "mc-jax eval gs:": ["--help"],
     "mc-jax generate": ["--tokens", "4"],
