@@ -36,7 +36,7 @@ APPENDED: dict[str, list[str] | None] = {
     "mc-jax eval gs:": ["--help"],
     "mc-jax generate": ["--tokens", "4"],
     "mc-jax generate gs:": ["--help"],
-    "mc-jax prepare": ["--vocab-size", "300"],
+    "mc-jax prepare": ["--vocab-size", "270"],
     "mc-jax plan": ["--help"],
     "mc-jax selftest": ["--help"],
     "python -m": ["--help"],
