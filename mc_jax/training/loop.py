@@ -56,7 +56,7 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
             run_dir, every=settings.checkpoint_every, keep=settings.keep_checkpoints, seal=folder.seal
         ) as checkpoints,
     ):
-        dataset = folder.dataset
+        config, dataset = folder.config, folder.dataset
         # Loss is per token; bits per byte needs the corpus's mean length of a token.
         bytes_per_token = dataset.train.num_bytes / dataset.train.num_pairs
         graph, like = run.abstract_state(config, dataset.tokenizer.vocab_size)

@@ -75,6 +75,8 @@ def opened(run_dir: epath.Path, config: Config, *, overwrite: bool) -> Iterator[
         processes differ in their settings, their data, or what they see of the folder. Nothing is written
         in these cases, but in the last one.
     """
+    if not overwrite:
+        config = _with_branch_of(run_dir, config)
     must_agree("settings", f"{run_dir} {overwrite} {configs.to_json(config)}")
     with contextlib.ExitStack() as stack:
         found: OpenRun | None = None
@@ -214,6 +216,23 @@ def _is_the_same_command(run_dir: epath.Path, config: Config) -> bool:
     report = run_dir / _REPORT_FILE
     is_reported = report.exists() and report.stat().mtime >= (run_dir / CONFIG_FILE).stat().mtime
     return not (is_reported and (newest_step(run_dir) or 0) >= config.training.steps)
+
+
+def _with_branch_of(run_dir: epath.Path, config: Config) -> Config:
+    """The settings, with the branch of MLP memories that the folder's run has where they name none.
+
+    A run from before there was a choice goes on by the command that began it.
+    """
+    if config.model.memory_branch is not None or not (run_dir / CONFIG_FILE).exists():
+        return config
+    try:
+        earlier = read_config(run_dir).model
+    except ValueError:  # told later, or made anew
+        return config
+    if (earlier.memory, earlier.memory_depth) != (config.model.memory, config.model.memory_depth):
+        return config
+    model = dataclasses.replace(config.model, memory_branch=earlier.memory_branch)
+    return dataclasses.replace(config, model=model)
 
 
 def _must_go_on(run_dir: epath.Path, config: Config, earlier: Config, *, may_move: bool) -> None:

@@ -142,6 +142,20 @@ def test_an_overwrite_that_is_killed_half_way_is_finished_by_any_start(run, conf
     assert names(run) == WHOLE
 
 
+def test_a_run_from_before_branches_goes_on_as_plain_by_the_command_that_began_it(run, config):
+    deep = dataclasses.replace(config.model, memory="titans", memory_depth=2)
+    config = dataclasses.replace(config, model=deep)
+    open_once(run, config)
+    written = json.loads((run / "config.json").read_text())
+    del written["model"]["memory_branch"]
+    (run / "config.json").write_text(json.dumps(written))
+    with opened(run, config, overwrite=False) as folder:
+        assert folder.config.model.memory_branch == "plain"
+    bounded = dataclasses.replace(config, model=dataclasses.replace(deep, memory_branch="bounded"))
+    with pytest.raises(ValueError, match="model.memory_branch 'plain' there, 'bounded' here"):
+        open_once(run, bounded)
+
+
 def test_settings_that_are_refused_overwrite_nothing(run, config):
     open_once(run, config)
     train_to(run, 10)
