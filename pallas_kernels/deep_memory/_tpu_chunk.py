@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels._branch import Branch
 from pallas_kernels._query import gelu
 from pallas_kernels.deep_memory._chunk import gelu_and_slope
-from pallas_kernels.deep_memory._tpu_products import attend, collect, gather, spread
+from pallas_kernels.deep_memory._tpu_products import attend, collect, gather, spread, there_and_back
 
 type State = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 """Of either layer the rows (weights, momentum), or just (weights,)."""
@@ -66,29 +66,58 @@ def chunk(
     in_rows, out_rows = state
     step, *decays = coefficients
     shares = decay_shares(*decays)
-    writes = write(state, k, v, step, branch)
-    hidden = spread(q, shares.read, in_rows, dtype) + attend(
-        q, k, shares.between, writes.hidden_signal, dtype
-    )
-    hidden = gelu(hidden)
+    key_hidden, query_hidden = _first_layer(in_rows, q, k, shares.read)
+    writes = write(state, k, v, step, branch, key_hidden)
+    hidden = gelu(query_hidden + attend(q, k, shares.between, writes.hidden_signal, dtype))
     output = gather(hidden, shares.read, out_rows, dtype) + attend(
         hidden, writes.key_gelu, shares.between, writes.signal, dtype
     )
     return advance(state, k, writes, shares), branch.of(output)
 
 
-def write(state: State, k: jax.Array, v: jax.Array, step: jax.Array, branch: Branch) -> Writes:
-    """Return what a chunk's tokens write, their gradients taken at the state before it."""
+def _first_layer(
+    rows: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, shares: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Return k W_in at the chunk's start, and of q what is left of that in each token's weights: [C, E]."""
+    if len(rows) > 1:
+        return spread(k, (), rows[:1], q.dtype), spread(q, shares, rows, q.dtype)
+    # Both have the same weights: they pass through the matrix unit one after the other.
+    both = spread(jnp.concatenate([k, q], axis=0), (), rows, q.dtype)
+    count = k.shape[0]
+    return both[:count], shares[0] * both[count:]
+
+
+def write(
+    state: State,
+    k: jax.Array,
+    v: jax.Array,
+    step: jax.Array,
+    branch: Branch,
+    key_hidden: jax.Array | None = None,
+) -> Writes:
+    """Return what a chunk's tokens write, their gradients taken at the state before it.
+
+    `key_hidden` is k W_in; None: not yet made.
+    """
     (w_in, *momentum), (w_out, *_) = state
     wide, dtype = w_in.dtype, k.dtype
-    key_gelu, slope = gelu_and_slope(spread(k, (), (w_in,), dtype))
-    signal = v.astype(wide)
-    if momentum or branch.is_bounded:
-        output = gather(key_gelu, (), (w_out,), dtype)
-        error = signal - k.astype(wide) - branch.of(output) if momentum else signal
-        signal = branch.bar(output, error)
-    signal = _column(step) * signal
-    return Writes(signal, key_gelu, spread(signal, (), (w_out,), dtype) * slope)
+    if key_hidden is None:
+        key_hidden = spread(k, (), (w_in,), dtype)
+    key_gelu, slope = gelu_and_slope(key_hidden)
+    v, step = v.astype(wide), _column(step)
+    if momentum:
+        v = v - k.astype(wide)
+    elif not branch.is_bounded:
+        signal = step * v
+        return Writes(signal, key_gelu, spread(signal, (), (w_out,), dtype) * slope)
+    signal_of = functools.partial(_signal, branch, bool(momentum))
+    signal, hidden_signal = there_and_back(key_gelu, w_out, v, step, signal_of, dtype)
+    return Writes(signal, key_gelu, hidden_signal * slope)
+
+
+def _signal(branch: Branch, is_error: bool, output: jax.Array, v: jax.Array, step: jax.Array) -> jax.Array:
+    """Return minus the gradient of z, times the step: of z's branch the value, or what it lacks of it."""
+    return step * branch.bar(output, v - branch.of(output) if is_error else v)
 
 
 def advance(state: State, k: jax.Array, writes: Writes, shares: Shares) -> State:

@@ -9,7 +9,7 @@ Shapes: C tokens of a chunk, K the narrow dim of weights, E the wide one. X [C, 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,36 @@ def _gather_backward(dtype, residuals, x_bar):
 
 
 gather.defvjp(_gather_forward, _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def there_and_back(
+    y: jax.Array, row: jax.Array, target: jax.Array, scale: jax.Array, signal_of: Callable, dtype
+) -> tuple[jax.Array, jax.Array]:
+    """X = signal_of(Y row^T, target, scale) [C, K], and X row [C, E].
+
+    The signal is made of each row by itself. Two gradients of the row are one product of all their tokens.
+    """
+    return _there_and_back_forward(y, row, target, scale, signal_of, dtype)[0]
+
+
+def _there_and_back_forward(y, row, target, scale, signal_of, dtype):
+    output = dot(y, row, _MATMUL_TRANSPOSED, dtype)
+    x = signal_of(output, target, scale)
+    return (x, dot(x, row, _MATMUL, dtype)), (y, row, target, scale, output)
+
+
+def _there_and_back_backward(signal_of, dtype, residuals, bars):
+    y, row, target, scale, output = residuals
+    x_bar, back_bar = bars
+    x, vjp = jax.vjp(signal_of, output, target, scale)
+    output_bar, target_bar, scale_bar = vjp(x_bar + dot(back_bar, row, _MATMUL_TRANSPOSED, dtype))
+    left, right = _stack((x, output_bar), dtype), _stack((back_bar, y), dtype)
+    row_bar = dot(left, right, _TRANSPOSED_MATMUL, dtype)
+    return dot(output_bar, row, _MATMUL, dtype), row_bar, target_bar, scale_bar
+
+
+there_and_back.defvjp(_there_and_back_forward, _there_and_back_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -152,7 +152,7 @@ def test_a_run_from_before_branches_goes_on_as_plain_by_the_command_that_began_i
     with opened(run, config, overwrite=False) as folder:
         assert folder.config.model.memory_branch == "plain"
     bounded = dataclasses.replace(config, model=dataclasses.replace(deep, memory_branch="bounded"))
-    with pytest.raises(ValueError, match="model.memory_branch 'plain' there, 'bounded' here"):
+    with pytest.raises(ValueError, match=r"model\.memory_branch 'plain' there, 'bounded' here"):
         open_once(run, bounded)
 
 
