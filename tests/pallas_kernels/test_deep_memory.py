@@ -238,6 +238,43 @@ def test_a_segment_of_many_blocks_with_the_exact_online_rule(x64):
     assert relative_error(actual, expected) < 1e-9, "blocks of chunks must go on from one another"
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_bounded_memory_stays_finite_and_short_where_a_plain_one_does_not(objective):
+    """Rows are texts, heads are gates: of every kind both, over many chunks whose keys hardly change."""
+    tokens, dim, chunk = 65_536, 8, 64
+    rng = np.random.default_rng(0)
+    k, v = rng.normal(size=(2, tokens, dim))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    texts = [(k, v), (k, 0 * v), (k, k)]
+    texts += [(np.resize(k[:n], k.shape), np.resize(v[:n], v.shape)) for n in (1, 2)]
+    gates = [(0.1, 0.9, 0.99), (0.1, 1.0, 0.0), (1.0, 0.1, 0.0), (1.0, 0.9, 0.0), (1.0, 1.0, 0.99)]
+    keys, values = (
+        jnp.asarray(np.stack([pair[which] for pair in texts])[:, :, None], jnp.float32) for which in (0, 1)
+    )
+    shape = (len(texts), tokens, len(gates), dim)
+    step, retention, momentum = (
+        jnp.broadcast_to(jnp.array(column), shape[:3]) for column in zip(*gates, strict=True)
+    )
+    initial = rng.normal(size=(dim, 4 * dim)) / dim**0.5, rng.normal(size=(4 * dim, dim)) / dim
+    arguments = {
+        "q": jnp.broadcast_to(keys, shape),
+        "k": jnp.broadcast_to(keys, shape),
+        "v": jnp.broadcast_to(values, shape),
+        "step": step,
+        "retention": retention,
+        "initial_state": tuple(jnp.asarray(np.stack([w] * len(gates)), jnp.float32) for w in initial),
+    }
+    if objective == "l2":
+        arguments["momentum"] = momentum
+    run = functools.partial(deep_memory, objective=objective, segment_length=512, chunk_length=chunk)
+    reads, states, _ = jax.jit(run)(**arguments)
+    assert all(np.isfinite(leaf).all() for leaf in (reads, *states))
+    assert np.linalg.norm(reads, axis=-1).max() <= 1.001 * dim**0.5, "a branch is no longer than sqrt(V)"
+    few = {name: x if name == "initial_state" else x[:, :1024] for name, x in arguments.items()}
+    plain, _, _ = jax.jit(functools.partial(run, branch="plain"))(**few)
+    assert not np.isfinite(plain).all(), "this no longer shows what the bound is for"
+
+
 def largest_array(jaxpr):
     """Elements of the largest array that is computed anywhere in a jaxpr."""
     sizes = [variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars]
