@@ -173,13 +173,14 @@ def cases() -> list[Case]:
         versions = _kernel_and_xla if rule == "titans" else _any_form
         return Case(f"chunk_memory, {rule}", run, (q, k, v, coefficients), versions)
 
-    def mlp(objective: str, **coefficients: jax.Array) -> Case:
+    def mlp(objective: str, branch: str = "bounded", **coefficients: jax.Array) -> Case:
         def run(q, k, v, coefficients, initial, *, implementation):
             return ops.deep_memory(
                 q,
                 k,
                 v,
                 objective=objective,
+                branch=branch,
                 initial_state=initial,
                 **coefficients,
                 **segments,
@@ -187,11 +188,12 @@ def cases() -> list[Case]:
             )
 
         initial = normal(_H, _K, _E) / _K**0.5, normal(_H, _E, _K) / _E**0.5
-        return Case(f"deep_memory, {objective}", run, (q, k, v, coefficients, initial))
+        return Case(f"deep_memory, {objective}, {branch}", run, (q, k, v, coefficients, initial))
 
     gates = jax.nn.softmax(normal(_B, _T, _H, _N))
     matrices = normal(_B, _N, _H, _K, _K) / _K**0.5
     mlps = normal(_B, _N, _H, _K, _E) / _K**0.5, normal(_B, _N, _H, _E, _K) / _E**0.5
+    plain_read = functools.partial(ops.gated_state_read, branch="plain")
     chosen_gates, indices = jax.lax.top_k(gates, 2)
 
     def routed(kind: str, states) -> Case:
@@ -247,8 +249,10 @@ def cases() -> list[Case]:
         matrix("titans", retention=retention, momentum=momentum, step=gradient_step),
         mlp("dot", retention=retention, step=gradient_step),
         mlp("l2", retention=retention, momentum=momentum, step=gradient_step),
+        mlp("l2", "plain", retention=retention, momentum=momentum, step=gradient_step),
         Case("gated_state_read, matrices", ops.gated_state_read, (q, gates, matrices), read_versions),
-        Case("gated_state_read, MLPs", ops.gated_state_read, (q, gates, mlps)),
+        Case("gated_state_read, MLPs, bounded", ops.gated_state_read, (q, gates, mlps)),
+        Case("gated_state_read, MLPs, plain", plain_read, (q, gates, mlps)),
         routed("matrices", matrices),
         routed("MLPs", mlps),
         decoding("linear", retention=retention, step=step),

@@ -212,6 +212,7 @@ def mlp_loss(parameters: dict[str, jax.Array], x: jax.Array, target: jax.Array):
         initial_state=(parameters["w_in"], parameters["w_out"]),
         segment_length=length,
         chunk_length=_MLP_CHUNK,
+        branch="plain",  # as theirs
     )
     return jnp.sum(y.reshape(batch, length, dim) * target)
 

@@ -103,16 +103,17 @@ def _assert_close(arguments, tolerance=FLOAT32, dtype=jnp.float32, **options):
 
 
 @pytest.mark.parametrize(
-    ("objective", "length", "dim", "hidden", "segment_init"),
+    ("objective", "length", "dim", "hidden", "segment_init", "branch"),
     [
-        ("l2", 33, 64, 100, "checkpoint"),
-        ("l2", 70, 96, 128, "independent"),
-        ("dot", 64, 128, 160, "checkpoint"),
+        ("l2", 33, 64, 100, "checkpoint", "bounded"),
+        ("l2", 70, 96, 128, "independent", "plain"),
+        ("dot", 64, 128, 160, "checkpoint", "bounded"),
+        ("dot", 20, 96, 100, "independent", "plain"),
     ],
 )
-def test_it_is_what_the_reference_is(objective, length, dim, hidden, segment_init):
+def test_it_is_what_the_reference_is(objective, length, dim, hidden, segment_init, branch):
     arguments = _arguments(length, dim, hidden, objective=objective)
-    _assert_close(arguments, segment_length=32, chunk_length=16, segment_init=segment_init)
+    _assert_close(arguments, segment_length=32, chunk_length=16, segment_init=segment_init, branch=branch)
 
 
 def test_a_row_shorter_than_a_chunk():

@@ -30,7 +30,7 @@ def _arguments(seed, dtype=jnp.float32, *, length=LENGTH, states=STATES, choices
     )
 
 
-def _read_and_gradients(arguments, implementation):
+def _read_and_gradients(arguments, implementation, branch=None):
     """The result and the gradients of a weighted sum of it, by name."""
     q, gates, indices, states = arguments
     weights = jnp.sin(jnp.arange(BATCH * q.shape[1] * HEADS * VALUE_DIM, dtype=gates.dtype))
@@ -38,7 +38,7 @@ def _read_and_gradients(arguments, implementation):
     @jax.jit
     def run(q, gates, indices, states):
         def loss(q, gates, states):
-            out = routed_state_read(q, gates, indices, states, implementation=implementation)
+            out = routed_state_read(q, gates, indices, states, branch=branch, implementation=implementation)
             return jnp.sum(out.astype(gates.dtype).reshape(-1) * weights), out
 
         (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, gates, states)
@@ -66,12 +66,12 @@ def _assert_agree(got, expected, value_tolerance, gradient_tolerance):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mlp", [False, True], ids=["matrix", "mlp"])
+@pytest.mark.parametrize("branch", [None, "bounded", "plain"], ids=["matrix", "bounded", "plain"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_read_and_its_gradients_are_those_of_the_reference(implementation, mlp):
-    arguments = _arguments(0, jnp.float64, mlp=mlp)
-    expected = _read_and_gradients(arguments, "reference")
-    _assert_agree(_read_and_gradients(arguments, implementation), expected, 1e-9, 1e-7)
+def test_a_read_and_its_gradients_are_those_of_the_reference(implementation, branch):
+    arguments = _arguments(0, jnp.float64, mlp=branch is not None)
+    expected = _read_and_gradients(arguments, "reference", branch)
+    _assert_agree(_read_and_gradients(arguments, implementation, branch), expected, 1e-9, 1e-7)
 
 
 def _one_state(indices):
@@ -173,6 +173,8 @@ def test_cost_does_not_grow_with_the_number_of_states():
 
 
 def test_arguments_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="branch 'plain' has no effect on states that are matrices"):
+        _read_and_gradients(_arguments(7), "gather", "plain")
     q, gates, indices, states = _arguments(7)
     w_in, w_out = _arguments(7, mlp=True)[3]
     for wrong, word in (

@@ -32,7 +32,7 @@ def _causal(gates, segment_length):
     return jnp.where(before[None, :, None], gates, jnp.zeros((), gates.dtype))
 
 
-def _read_and_gradients(arguments, implementation, segment_length=None):
+def _read_and_gradients(arguments, implementation, segment_length=None, branch=None):
     """The result and the gradients of a weighted sum of it, by name."""
     q, gates, states = arguments
     weights = jnp.sin(jnp.arange(BATCH * q.shape[1] * HEADS * VALUE_DIM, dtype=gates.dtype))
@@ -43,7 +43,12 @@ def _read_and_gradients(arguments, implementation, segment_length=None):
             if segment_length is not None:
                 gates = _causal(gates, segment_length)
             out = gated_state_read(
-                q, gates, states, segment_length=segment_length, implementation=implementation
+                q,
+                gates,
+                states,
+                branch=branch,
+                segment_length=segment_length,
+                implementation=implementation,
             )
             return jnp.sum(out.astype(gates.dtype).reshape(-1) * weights), out
 
@@ -72,12 +77,15 @@ def _assert_agree(got, expected, value_tolerance, gradient_tolerance):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mlp", [False, True], ids=["matrix", "mlp"])
-@pytest.mark.parametrize("states", [1, 6])
-def test_xla_read_and_its_gradients_are_those_of_the_reference(mlp, states):
-    arguments = _arguments(0, jnp.float64, states=states, mlp=mlp)
-    expected = _read_and_gradients(arguments, "reference")
-    _assert_agree(_read_and_gradients(arguments, "xla"), expected, 1e-9, 1e-7)
+@pytest.mark.parametrize(
+    ("branch", "states"),
+    [(None, 1), (None, 6), ("bounded", 1), ("bounded", 6), ("plain", 6)],
+    ids=lambda value: "matrix" if value is None else str(value),
+)
+def test_xla_read_and_its_gradients_are_those_of_the_reference(branch, states):
+    arguments = _arguments(0, jnp.float64, states=states, mlp=branch is not None)
+    expected = _read_and_gradients(arguments, "reference", branch=branch)
+    _assert_agree(_read_and_gradients(arguments, "xla", branch=branch), expected, 1e-9, 1e-7)
 
 
 @pytest.mark.usefixtures("x64")
@@ -141,6 +149,8 @@ def test_nothing_of_the_size_of_tokens_times_states_times_dim_is_kept(mlp):
 
 def test_shapes_that_do_not_fit_are_refused():
     q, gates, states = _arguments(6)
+    with pytest.raises(ValueError, match="branch 'plain' has no effect on states that are matrices"):
+        gated_state_read(q, gates, states, branch="plain")
     with pytest.raises(ValueError, match="gates"):
         gated_state_read(q, gates[:, :4], states)
     with pytest.raises(ValueError, match="states"):

@@ -48,30 +48,32 @@ def _readable(gates, segment_length):
     return (jnp.arange(states)[None] < jnp.arange(length)[:, None] // segment_length)[None, :, None]
 
 
-def _read_and_gradients(implementation, q, gates, states, out_bar, segment_length):
+def _read_and_gradients(implementation, q, gates, states, out_bar, **options):
     @jax.jit
     def run(q, gates, states):
-        read = functools.partial(
-            gated_state_read, segment_length=segment_length, implementation=implementation
-        )
+        read = functools.partial(gated_state_read, **options, implementation=implementation)
         out, vjp = jax.vjp(read, q, gates, states)
         return out, *vjp(out_bar.astype(out.dtype))
 
     out, q_bar, gates_bar, states_bar = run(q, gates, states)
+    segment_length = options["segment_length"]
     if segment_length is not None:
         # What no token may read has whatever gradient; it is 0 where it was skipped.
         gates_bar = jnp.where(_readable(gates, segment_length), gates_bar, jnp.zeros_like(gates_bar))
     return {"the result": out, "q": q_bar, "gates": gates_bar, "states": states_bar}
 
 
-def _assert_close(arguments, tolerance, dtype=jnp.float32, segment_length=None, *, detect_races=False):
+def _assert_close(
+    arguments, tolerance, dtype=jnp.float32, segment_length=None, *, branch=None, detect_races=False
+):
     q, gates, states, out_bar = arguments
-    expected = _read_and_gradients("reference", q, gates, states, out_bar, segment_length)
+    options = {"segment_length": segment_length, "branch": branch}
+    expected = _read_and_gradients("reference", q, gates, states, out_bar, **options)
     pltpu.reset_tpu_interpret_mode_state()
     with pltpu.force_tpu_interpret_mode(
         pltpu.InterpretParams(uninitialized_memory="nan", detect_races=detect_races)
     ):
-        got = _read_and_gradients("tpu", q.astype(dtype), gates, states, out_bar, segment_length)
+        got = _read_and_gradients("tpu", q.astype(dtype), gates, states, out_bar, **options)
         jax.block_until_ready(got)
     assert got["the result"].dtype == got["q"].dtype == dtype
     for name, theirs in expected.items():
@@ -96,12 +98,17 @@ def test_matrices_are_read_as_the_reference_reads_them(length, states, key_dim, 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
-    ("length", "states", "key_dim", "hidden", "segment_length"),
-    [(1, 2, 64, 100, None), (129, 3, 96, 32, None), (300, 5, 128, 64, 50), (130, 2, 256, 16, 64)],
+    ("length", "states", "key_dim", "hidden", "segment_length", "branch"),
+    [
+        (1, 2, 64, 100, None, "plain"),
+        (129, 3, 96, 32, None, "bounded"),
+        (300, 5, 128, 64, 50, "bounded"),
+        (130, 2, 256, 16, 64, "plain"),
+    ],
 )
-def test_mlps_are_read_as_the_reference_reads_them(length, states, key_dim, hidden, segment_length):
+def test_mlps_are_read_as_the_reference_reads_them(length, states, key_dim, hidden, segment_length, branch):
     arguments = _arguments(length, states, key_dim, key_dim, hidden=hidden, segment_length=segment_length)
-    _assert_close(arguments, FLOAT32, segment_length=segment_length)
+    _assert_close(arguments, FLOAT32, segment_length=segment_length, branch=branch)
 
 
 @pytest.mark.parametrize("hidden", [None, 48], ids=["matrix", "mlp"])
@@ -171,9 +178,7 @@ def _described(dim, *, dtype=jnp.bfloat16, hidden=None, length=1024, states=16):
 
 def _gradients(implementation, segment_length=256):
     def run(q, gates, states, out_bar):
-        read = functools.partial(
-            gated_state_read, segment_length=segment_length, implementation=implementation
-        )
+        read = functools.partial(gated_state_read, **options, implementation=implementation)
         out, vjp = jax.vjp(read, q, gates, states)
         return out, vjp(out_bar)
 
