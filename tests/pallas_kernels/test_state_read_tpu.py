@@ -178,7 +178,9 @@ def _described(dim, *, dtype=jnp.bfloat16, hidden=None, length=1024, states=16):
 
 def _gradients(implementation, segment_length=256):
     def run(q, gates, states, out_bar):
-        read = functools.partial(gated_state_read, **options, implementation=implementation)
+        read = functools.partial(
+            gated_state_read, segment_length=segment_length, implementation=implementation
+        )
         out, vjp = jax.vjp(read, q, gates, states)
         return out, vjp(out_bar)
 
