@@ -47,17 +47,25 @@ class Branch:
 
     def bar(self, z: jax.Array, out_bar: jax.Array) -> jax.Array:
         """Return the gradient of z from that of its branch."""
+        return self.bars(z, out_bar)[1] if self.is_bounded else out_bar
+
+    def bars(self, z: jax.Array, out_bar: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return <branch, out_bar>, the gradient of its weight, with one value on the axis; and of z."""
         if not self.is_bounded:
-            return out_bar
+            return jnp.sum(z * out_bar, axis=self.axis, keepdims=True), out_bar
         scale = self._scale(z)
         out = scale * z
-        return scale * (out_bar - out * self._mean(out * out_bar))
+        share = self._mean(out * out_bar)
+        return share * self._dim(z), scale * (out_bar - out * share)
 
     def _scale(self, z: jax.Array) -> jax.Array:
         return jax.lax.rsqrt(1 + self._mean(z * z))
 
     def _mean(self, x: jax.Array) -> jax.Array:
-        return jnp.sum(x, axis=self.axis, keepdims=True) * (1 / (self.dim or x.shape[self.axis]))
+        return jnp.sum(x, axis=self.axis, keepdims=True) * (1 / self._dim(x))
+
+    def _dim(self, x: jax.Array) -> int:
+        return self.dim or x.shape[self.axis]
 
 
 def branch_for(states: Weights, name: str | None) -> Branch | None:

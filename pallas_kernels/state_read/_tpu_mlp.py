@@ -267,17 +267,20 @@ def _read_bar_kernel(
             n = first + state
             gate = gates_SGC[n]
             hidden, gelu_vjp = jax.vjp(gelu, product_of_rows(w_in_NKE[n], q))
-            z_bar = out_bar
             if branch.is_bounded:
-                z = product_of_rows(w_out_NEV[n], hidden.astype(q.dtype))
-                wide_bar = out_bar.astype(z.dtype)
-                gates_bar_SGC[n] = jnp.sum(branch.of(z) * wide_bar, axis=0, keepdims=True)
-                z_bar = branch.bar(z, wide_bar).astype(q.dtype)
-            p = product(w_out_NEV[n], z_bar)
-            if not branch.is_bounded:
+                # The hidden layer may be four times as wide as z: the gate weighs z.
+                hidden = hidden.astype(q.dtype)
+                z = product_of_rows(w_out_NEV[n], hidden)
+                gates_bar_SGC[n], z_bar = branch.bars(z, out_bar.astype(z.dtype))
+                z_bar = (gate * z_bar).astype(q.dtype)
+                hidden_bar = product(w_out_NEV[n], z_bar)
+                w_out_bar_NEV[n] += product_of_lanes(hidden, z_bar)
+            else:
+                p = product(w_out_NEV[n], out_bar)
                 gates_bar_SGC[n] = jnp.sum(p * hidden, axis=0, keepdims=True)
-            w_out_bar_NEV[n] += product_of_lanes((gate * hidden).astype(q.dtype), z_bar)
-            (inner_bar,) = gelu_vjp(gate * p)
+                w_out_bar_NEV[n] += product_of_lanes((gate * hidden).astype(q.dtype), out_bar)
+                hidden_bar = gate * p
+            (inner_bar,) = gelu_vjp(hidden_bar)
             inner_bar = inner_bar.astype(q.dtype)
             sum_RKC[block] += product(w_in_NKE[n], inner_bar)
             w_in_bar_NKE[n] += product_of_lanes(q, inner_bar)

@@ -178,17 +178,19 @@ def _mlp_read_bar(branch, q, gate, weights, out_bar):
     # A bounded read is made again too: its length is in all gradients.
     w_in, w_out = weights
     hidden, gelu_vjp = jax.vjp(gelu, matmul(q, w_in))
-    z_bar, gate_bar = out_bar, None
     if branch.is_bounded:
-        z = matmul(hidden.astype(q.dtype), w_out)
-        wide_bar = out_bar.astype(z.dtype)
-        gate_bar = jnp.sum(branch.of(z) * wide_bar, axis=-1)
-        z_bar = branch.bar(z, wide_bar).astype(q.dtype)
-    p = matmul(z_bar, w_out.swapaxes(2, 3))
-    if gate_bar is None:
+        low = hidden.astype(q.dtype)
+        z = matmul(low, w_out)
+        gate_bar, z_bar = branch.bars(z, out_bar.astype(z.dtype))
+        gate_bar, z_bar = gate_bar[..., 0], (gate * z_bar).astype(q.dtype)
+        hidden_bar = matmul(z_bar, w_out.swapaxes(2, 3))
+        w_out_bar = matmul(low.swapaxes(2, 3), z_bar)
+    else:
+        p = matmul(out_bar, w_out.swapaxes(2, 3))
         gate_bar = jnp.sum(p * hidden, axis=-1)
-    w_out_bar = matmul((gate * hidden).astype(q.dtype).swapaxes(2, 3), z_bar)
-    (inner_bar,) = gelu_vjp(gate * p)
+        w_out_bar = matmul((gate * hidden).astype(q.dtype).swapaxes(2, 3), out_bar)
+        hidden_bar = gate * p
+    (inner_bar,) = gelu_vjp(hidden_bar)
     inner_bar = inner_bar.astype(q.dtype)
     w_in_bar = matmul(q.swapaxes(2, 3), inner_bar)
     return matmul(inner_bar, w_in.swapaxes(2, 3)), gate_bar, (w_in_bar, w_out_bar)
