@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 
 import jax
