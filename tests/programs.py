@@ -22,8 +22,6 @@ import jax
 from jax._src import cache_key  # what JAX itself finds compiled programs again by
 from tpu_topology import lower_for
 
-from mc_jax.planning.cost import kernel_name
-
 RECORD = Path(__file__).with_name("programs.json")
 MOST_UNRECORDED = 12
 """Programs that a run of all tests may compile: more take minutes that nobody would notice."""
@@ -61,6 +59,8 @@ def source(*parts: ModuleType | Callable) -> str:
 
 def what_compiling_shows(compiled: jax.stages.Compiled) -> dict[str, Any]:
     """Kernels by name, and bytes on one chip."""
+    from mc_jax.planning.cost import kernel_name  # it imports much, and few tests come here
+
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None

@@ -1,7 +1,9 @@
 """A program's fingerprint is that of what is compiled, and a record saves compiling, not looking."""
 
 import json
+import types
 
+import conftest
 import jax
 import jax.numpy as jnp
 import programs as module
@@ -97,3 +99,16 @@ def test_what_compiling_shows_is_read_off_the_program():
     found = module.what_compiling_shows(lowered().compile())
     assert found["kernels"] == {"twice": 1}
     assert found["bytes"]["argument"] == found["bytes"]["output"] == 128 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("unknown", "status"), [(module.MOST_UNRECORDED, 0), (module.MOST_UNRECORDED + 1, 1)]
+)
+def test_a_run_that_compiles_many_programs_fails(unknown, status):
+    seen = dict.fromkeys(range(100), True) | dict.fromkeys(range(unknown), False)
+    config = types.SimpleNamespace(
+        stash={conftest.SEEN: seen}, option=types.SimpleNamespace(programs=None, keyword="", markexpr="")
+    )
+    session = types.SimpleNamespace(config=config, exitstatus=0)
+    conftest.pytest_sessionfinish(session, 0)
+    assert session.exitstatus == status

@@ -10,10 +10,6 @@ from jax.experimental import topologies
 from jax.sharding import AxisType
 
 from mc_jax._absent_tpu import quiet_libtpu
-from mc_jax.config import Config, validate
-from mc_jax.parallel import make_mesh
-from mc_jax.planning.plan import trace_step
-from mc_jax.planning.topology import read_topology
 
 quiet_libtpu()
 
@@ -52,13 +48,3 @@ def lower_for(chip: str, function: Callable, *shapes, donate_argnums=()) -> jax.
     )
     with jax.set_mesh(mesh):
         return jax.jit(function, donate_argnums=donate_argnums).lower(*described)
-
-
-def lowered_step(config: Config, topology: str, slices: int = 1, *, vocabulary: int) -> jax.stages.Lowered:
-    """The training step as `plan` compiles it; skip the test where libtpu is not installed."""
-    four("v5e")
-    validate(config)
-    mesh = make_mesh(config.mesh, read_topology(topology, slices).devices())
-    with jax.set_mesh(mesh):
-        traced, *_ = trace_step(config, vocabulary)
-        return traced.lower()

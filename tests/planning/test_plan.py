@@ -8,8 +8,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from planned_step import lowered_step
 from tpu_topology import CHIPS as NAMES
-from tpu_topology import four, lower_for, lowered_step
+from tpu_topology import four, lower_for
 
 from mc_jax.cli import main
 from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from tpu_topology import lowered_step
+from planned_step import lowered_step
 
 from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from mc_jax.planning import _sendings, collectives, memory, plan, program, topology
