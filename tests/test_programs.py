@@ -102,12 +102,15 @@ def test_what_compiling_shows_is_read_off_the_program():
 
 
 @pytest.mark.parametrize(
-    ("unknown", "status"), [(module.MOST_UNRECORDED, 0), (module.MOST_UNRECORDED + 1, 1)]
+    ("more", "keyword", "status"), [(0, "", 0), (1, "", pytest.ExitCode.TESTS_FAILED), (1, "a part", 0)]
 )
-def test_a_run_that_compiles_many_programs_fails(unknown, status):
-    seen = dict.fromkeys(range(100), True) | dict.fromkeys(range(unknown), False)
+def test_a_run_of_all_tests_that_compiles_many_programs_fails(more, keyword, status):
+    seen = dict.fromkeys(range(100), True)
+    seen |= dict.fromkeys(range(100, 100 + module.MOST_UNRECORDED + more), False)
     config = types.SimpleNamespace(
-        stash={conftest.SEEN: seen}, option=types.SimpleNamespace(programs=None, keyword="", markexpr="")
+        stash={conftest.SEEN: seen},
+        args_source=pytest.Config.ArgsSource.TESTPATHS,
+        option=types.SimpleNamespace(programs=None, keyword=keyword, markexpr=""),
     )
     session = types.SimpleNamespace(config=config, exitstatus=0)
     conftest.pytest_sessionfinish(session, 0)
