@@ -60,6 +60,21 @@ def parse[T](
     raise UsageError(f"{unknown or reason}; see {program} --help")
 
 
+def must_be_run(folder: str) -> None:
+    """See that a folder is one that `mc-jax train` wrote.
+
+    Raises:
+      UsageError: it is not.
+    """
+    from etils import epath
+
+    if not (epath.Path(folder) / "config.json").is_file():
+        raise UsageError(
+            f"there is no run in {folder} (no config.json); give the folder that mc-jax train wrote, "
+            "for example runs/quickstart"
+        )
+
+
 def _first_paragraph(box: str) -> str:
     """What tyro says went wrong, without frame, colours, line breaks and the help that follows."""
     lines = (line.strip("│| ") for line in _COLOUR.sub("", box).splitlines()[1:])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from mc_jax._arguments import UsageError, parse
+from mc_jax._arguments import must_be_run, parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,19 +24,14 @@ def checkpoints(arguments: Sequence[str]) -> None:
     """List a run's checkpoints: sizes, which are whole, losses."""
     chosen = parse(CheckpointsArguments, arguments, program="mc-jax checkpoints")
 
-    from etils import epath
+    must_be_run(chosen.run)
 
-    folder = epath.Path(chosen.run)
-    if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"there is no run in {chosen.run} (no config.json); give the folder that mc-jax train wrote, "
-            "for example runs/quickstart"
-        )
+    from etils import epath
 
     from mc_jax.data.files import json_text
     from mc_jax.training.checkpoint.listing import list_checkpoints
 
-    listed = list_checkpoints(folder)
+    listed = list_checkpoints(epath.Path(chosen.run))
     if chosen.json:
         print(json_text([checkpoint._asdict() for checkpoint in listed]))
         return

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mc_jax._arguments import UsageError, parse
+from mc_jax._arguments import UsageError, must_be_run, parse
 from mc_jax._checkpoints_command import checkpoints
 from mc_jax._plan_command import plan
 from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
@@ -126,7 +126,7 @@ class EvalArguments:
 def evaluate(arguments: Sequence[str]) -> None:
     """Measure a run's perplexity on the held-out text of its corpus."""
     chosen = parse(EvalArguments, arguments, program="mc-jax eval")
-    _must_be_run(chosen.run)
+    must_be_run(chosen.run)
 
     from mc_jax.data.files import json_text
     from mc_jax.evaluation.perplexity import evaluate_run
@@ -167,7 +167,7 @@ class GenerateArguments:
 def generate(arguments: Sequence[str]) -> None:
     """Print a prompt and how a run's model goes on from it."""
     chosen = parse(GenerateArguments, arguments, program="mc-jax generate")
-    _must_be_run(chosen.run)
+    must_be_run(chosen.run)
 
     from mc_jax.caching import Storage
     from mc_jax.inference.generate import generate_run
@@ -188,16 +188,6 @@ def generate(arguments: Sequence[str]) -> None:
         storage=storage,
     )
     print(chosen.prompt + continuation)
-
-
-def _must_be_run(folder: str) -> None:
-    from etils import epath
-
-    if not (epath.Path(folder) / "config.json").is_file():
-        raise UsageError(
-            f"there is no run in {folder} (no config.json); give the folder that mc-jax train wrote, "
-            "for example runs/quickstart"
-        )
 
 
 def _print_result(run: str, result: Mapping[str, float]) -> None:

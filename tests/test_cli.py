@@ -67,6 +67,7 @@ def mistake(capsys, *words: str) -> str:
         ("eval --jsn runs/x", "there is no option --jsn; did you mean --json?"),
         ("eval runs/x", "there is no run in runs/x"),
         ("generate runs/x --prompt a", "there is no run in runs/x"),
+        ("checkpoints runs/x", "there is no run in runs/x"),
         ("generate runs/x", "--prompt"),
         ("prepare --output x", "no input is named"),
         ("prepare nowhere.txt --output x --tokenizer bytes", "nowhere.txt"),
