@@ -14,7 +14,7 @@ from mc_jax.cli import main
 from mc_jax.training.checkpoint import load_newest
 from mc_jax.training.run import new_state
 
-STEPS = 24
+STEPS = 16
 RECIPE = '''
 """A run of seconds, for tests."""
 from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
@@ -59,7 +59,7 @@ def trained(workplace):
     while training.process.is_alive():
         loaded = load_newest(run, like)
         read += [] if loaded is None else [loaded.step]
-        time.sleep(0.05)  # or the training has no processor
+        time.sleep(0.2)  # or the training has no processor
     assert training.end() == 0, training.lines()
     return pathlib.Path(run), read
 
@@ -75,10 +75,6 @@ def flip_a_bit(run: pathlib.Path, step: int) -> None:
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-
-
-def train(folder: pathlib.Path, *words: str) -> int:
-    return main(["train", str(folder / "tiny.py"), "--runs-dir", str(folder / "runs"), *words])
 
 
 def test_readers_beside_a_training_disturb_it_no_more_than_it_them(trained):
@@ -123,16 +119,26 @@ def test_checkpoints_are_listed(run, capsys):
     assert "damaged: state/" in capsys.readouterr().out
 
 
-def test_a_rate_far_too_high_leaves_a_finite_checkpoint_and_names_it(workplace, capsys):
-    assert train(workplace, "--name", "high", "--training.learning-rate", "1e3") == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+@pytest.fixture(scope="module")
+def diverged(workplace, trained):
+    """Two runs that end in what is no number, started side by side; they find their programs compiled."""
+    high = ("--name", "high", "--training.learning-rate", "1e3")
+    last = ("--name", "last", "--training.learning-rate", "1e39", "--training.warmup-steps", "0")
+    return [
+        start(workplace, "train", "tiny.py", *high, output="high"),
+        start(workplace, "train", "tiny.py", *last, "--training.steps", "1", output="last"),
+    ]
+
+
+def test_a_rate_far_too_high_leaves_a_finite_checkpoint_and_names_it(workplace, diverged):
+    assert diverged[0].end() == 2
+    line = diverged[0].lines()[-1]
     (step,) = [path.name for path in (workplace / "runs/high/checkpoints").iterdir() if path.name.isdecimal()]
     assert f"the checkpoint of step {step}" in line
     assert "with a lower --training.learning-rate" in line
 
 
-def test_a_run_whose_very_last_state_is_not_finite_ends_with_an_error(workplace, capsys):
-    words = ("--training.learning-rate", "1e39", "--training.steps", "1", "--training.warmup-steps", "0")
-    assert train(workplace, "--name", "last", *words) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+def test_a_run_whose_very_last_state_is_not_finite_ends_with_an_error(diverged):
+    assert diverged[1].end() == 2
+    line = diverged[1].lines()[-1]
     assert "not all numbers of the state after step 1 are finite; there is no finite checkpoint" in line
