@@ -2,7 +2,7 @@
 
 from mc_jax.caching.cache import Cache
 from mc_jax.caching.core import decode, memory_caching
-from mc_jax.caching.finite import from_there_on
+from mc_jax.caching.finite import seen_by_convolution
 from mc_jax.caching.neighbours import Neighbours
 from mc_jax.caching.reading import Routing
 from mc_jax.caching.rows import Output, forward, forward_shared
@@ -19,6 +19,6 @@ __all__ = [
     "decode",
     "forward",
     "forward_shared",
-    "from_there_on",
     "memory_caching",
+    "seen_by_convolution",
 ]

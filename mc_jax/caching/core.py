@@ -15,6 +15,7 @@ from mc_jax.caching.rows import forward
 from mc_jax.caching.settings import Settings
 from mc_jax.caching.storage import Storage, fetch_selected, to_place, unpack
 from mc_jax.memories import Coefficients, DecodableMemory
+from pallas_kernels._finite import spoilt
 from pallas_kernels._state import Weights
 
 
@@ -67,7 +68,8 @@ def memory_caching(
       step: h_t [batch, length, heads]; None: 1.
       previous_step: p_t [batch, length, heads], of "swla"; None: 0.
       document_ids: [batch, length], int; packed documents never see each other. None: one document a row.
-        For "titans", and for memories that are MLPs, documents must start at chunk boundaries.
+        For "titans", and for memories that are MLPs, documents must start at chunk boundaries; in compiled
+        code, which cannot raise, the reads of one that does not are NaN.
       initial_state: [heads, key_dim, value_dim]; for an MLP ("dla", "titans") the pair
         [heads, key_dim, hidden], [heads, hidden, value_dim]; a leading batch axis is allowed; None: zeros.
       chunk_length: tokens handled together by matrix products; divides segment_length. The gradients of
@@ -79,10 +81,12 @@ def memory_caching(
       implementation: of the ops beneath; None picks the best for the platform.
 
     Returns:
-      y [batch, length, heads, value_dim] of v's dtype (MC eq. 5), and the cache to decode on with.
+      y [batch, length, heads, value_dim] of v's dtype (MC eq. 5), and the cache to decode on with. A token
+      that is not finite makes what depends on it NaN, and changes nothing before it or in another document.
 
     Raises:
-      ValueError: names that are not known, shapes that do not fit, a setting that would have no effect.
+      ValueError: names that are not known, shapes that do not fit, a setting that would have no effect,
+        documents that start within chunks where they must not.
     """
     settings = Settings(
         memory=memory,
@@ -191,7 +195,11 @@ def decode(
             cache.online, q, k, v, coefficients, chunk_start, gates.online[:, 0], gates.cached[:, 0], states
         )
     if gates is not None:
-        y = jnp.where(cache.overflowed()[:, None, None], jnp.nan, y)
+        y = spoilt(y, cache.overflowed())
+    if scores is not None:
+        # A router that has scored what is not finite has no choice to tell.
+        there = jnp.arange(cache.capacity, dtype=jnp.int32)[None] < cache.count[:, None]
+        y = spoilt(y, jnp.any(there[:, None] & ~jnp.isfinite(scores.cached[:, 0]), axis=-1))
     return y.astype(v.dtype), append_token(cache, online, segment, appended)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from mc_jax.caching.cache import restart
 from mc_jax.caching.neighbours import Neighbours
 from mc_jax.memories import AffineMemory, Coefficients, Layout, Memory, MemoryRun, Response
+from pallas_kernels._finite import not_finite, spoilt, zeroed
 from pallas_kernels._state import OnlineState, batch_weights, select_rows
 
 
@@ -80,21 +81,30 @@ def _started_elsewhere(run: MemoryRun, response: Response, change: jax.Array) ->
     """The run, had it started from a state that differs by `change` [B, H, K, V]."""
     assert isinstance(run.segment_states, jax.Array)
     states = run.segment_states + _times(response.states, change[:, None])
+    bad = not_finite(change, axes=2)
     reads = jnp.einsum(
         "bthk,bhkv->bthv",
         response.queries,
-        change.astype(response.queries.dtype),
+        zeroed(change, bad).astype(response.queries.dtype),
         preferred_element_type=change.dtype,
     )
     reads = (run.reads.astype(change.dtype) + reads).astype(run.reads.dtype)
+    reads = spoilt(reads, bad[:, None] & jnp.any(response.queries != 0, axis=-1))
     return MemoryRun(reads, states, dataclasses.replace(run.final, weights=states[:, -1]))
 
 
 def _times(share: jax.Array, change: jax.Array) -> jax.Array:
-    """What is left of a change [..., K, V], of which `share` is a number [...] or a matrix [..., K, K]."""
+    """What is left of a change [..., K, V], of which `share` is a number [...] or a matrix [..., K, K].
+
+    Of none nothing is left, though the change be not finite: another document begins between.
+    """
     if share.ndim < change.ndim:
-        return share[..., None, None] * change
-    return jnp.matmul(share, change, precision="highest")
+        share = share[..., None, None]
+        left, some = share * change, share != 0
+    else:
+        left = jnp.matmul(share, change, precision="highest")
+        some = jnp.any(share != 0, axis=(-2, -1), keepdims=True)
+    return jnp.where(some, left, 0)
 
 
 def _start_in_turn(final, initial: OnlineState, goes_on: jax.Array, neighbours: Neighbours) -> OnlineState:

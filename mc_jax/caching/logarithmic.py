@@ -51,14 +51,15 @@ def group_gates(scores: Scores, tokens: jax.Array, groups: Groups) -> Gates:
 
     def sums(values: jax.Array) -> jax.Array:
         """Of each group, from values [B, T or 1, H or 1, S]."""
-        before = jnp.pad(jnp.cumsum(values, axis=-1), ((0, 0), (0, 0), (0, 0), (1, 0)))
-        shape = (*scores.cached.shape[:3], before.shape[-1])
-        before = jnp.broadcast_to(before, shape)
-        stop, start = (
-            jnp.broadcast_to(index[:, :, None], (*shape[:3], index.shape[-1]))
-            for index in (groups.end + 1, groups.start)
-        )
-        return jnp.take_along_axis(before, stop, axis=-1) - jnp.take_along_axis(before, start, axis=-1)
+        shape = (*scores.cached.shape[:3], 1)
+        found = []
+        # Of the 2^j segments from each one on: no segment of another document is in a group's sum.
+        for level in range(groups.start.shape[-1]):
+            start = jnp.broadcast_to(groups.start[:, :, None, level, None], shape)
+            here = jnp.broadcast_to(values, (*shape[:3], values.shape[-1]))
+            found.append(jnp.take_along_axis(here, start, axis=-1))
+            values = values + _shifted(values, 1 << level)
+        return jnp.concatenate(found, axis=-1)
 
     weights = tokens[:, None, None, :]
     mean = sums(scores.cached * weights) / sums(weights)
@@ -71,28 +72,42 @@ def checkpoint_gates(gates: Gates, groups: Groups, segments: int) -> Gates:
     return Gates(gates.online, jnp.einsum("bthj,btjs->bths", gates.cached, at_end))
 
 
-def merged_gates(gates: Gates, groups: Groups, log_retention: jax.Array) -> Gates:
+def merged_gates(gates: Gates, groups: Groups, log_retention: jax.Array, first: jax.Array | None) -> Gates:
     """Gates on segments' states where a group's memory is the linear memory run over all its tokens.
 
-    M_group = sum_s (decay from s's end to the group's end) M_s.
+    M_group = sum_s (decay from s's end to the group's end) M_s. A decay sums the log retentions between the
+    two: in a difference of running sums, all that was forgotten before would cost precision.
 
     Args:
       gates: of the groups.
       groups: of each token.
       log_retention: sum of a segment's log retentions [B, S, H].
+      first: the first segment of each one's document [B, S], int32; None: the row's.
     """
     segments = log_retention.shape[1]
-    total = jnp.cumsum(log_retention, axis=1).swapaxes(1, 2)[:, None]  # [B, 1, H, S], through s's end
-    position = jnp.arange(segments, dtype=jnp.int32)[None, None]
+    position = jnp.arange(segments, dtype=jnp.int32)[None]
+    place = (position if first is None else position - first)[:, None, None]  # in its document [B, 1, 1, S]
+    # A document's segments in blocks of 2^j, as groups are: a block's sum, and that after a segment in it.
+    block = log_retention.swapaxes(1, 2)[:, None]  # [B, 1, H, S]
+    to_end = jnp.zeros_like(block)
     cached = jnp.zeros((*gates.cached.shape[:3], segments), gates.cached.dtype)
     for level in range(gates.cached.shape[-1]):
         start, end = groups.start[..., level, None], groups.end[..., level, None]  # [B, T, 1]
-        inside = (position >= start) & (position <= end)  # [B, T, S]
-        at_end = jnp.take_along_axis(
-            jnp.broadcast_to(total, cached.shape),
-            jnp.broadcast_to(end[:, :, None], (*cached.shape[:3], 1)),
-            axis=-1,
-        )
-        decay = jnp.exp(jnp.where(inside[:, :, None], at_end - total, -jnp.inf))
+        inside = (position[None] >= start) & (position[None] <= end)  # [B, T, S]
+        decay = jnp.where(inside[:, :, None], jnp.exp(to_end), 0)
         cached = cached + gates.cached[..., level, None] * decay
+        is_first = (place >> level) & 1 == 0
+        after, before = _shifted(block, 1 << level), _shifted(block, -(1 << level))
+        to_end = to_end + jnp.where(is_first, after, 0)
+        block = block + jnp.where(is_first, after, before)
     return Gates(gates.online, cached)
+
+
+def _shifted(x: jax.Array, distance: int) -> jax.Array:
+    """What stands `distance` places later in the last axis; 0 past its end."""
+    size = x.shape[-1]
+    away = min(abs(distance), size)
+    outside = jnp.zeros((*x.shape[:-1], away), x.dtype)
+    if distance > 0:
+        return jnp.concatenate([x[..., away:], outside], axis=-1)
+    return jnp.concatenate([outside, x[..., : size - away]], axis=-1)

@@ -63,3 +63,18 @@ class Neighbours:
         number = jnp.cumsum(anew, axis=0, dtype=jnp.int32) + jnp.cumsum(starts, axis=0) - starts
         goes_on = (within == 0) & ~anew[self.index][:, None]
         return number[self.index][:, None] + within, goes_on
+
+    def reaches(self, at_end: jax.Array, passes: jax.Array) -> jax.Array:
+        """Whether what is at the end of a device before gets to this one's first token [B, H], bool.
+
+        Args:
+          at_end: whether it is at this device's end, from within [B, H], bool.
+          passes: whether what gets to a device's first token gets to its end [B], bool.
+        """
+
+        def after(at_start: jax.Array, device: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            at_end, passes = device
+            return at_end | (at_start & passes[:, None]), at_start
+
+        _, at_starts = jax.lax.scan(after, jnp.zeros_like(at_end), self.collect((at_end, passes)))
+        return at_starts[self.index]

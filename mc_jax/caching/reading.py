@@ -55,6 +55,7 @@ def choose(
     eligible: jax.Array,
     cached: Cached,
     top_k: jax.Array | None,
+    first: jax.Array | None = None,
 ) -> Gates | Selection:
     """The weights of all memories in each token's read.
 
@@ -64,6 +65,7 @@ def choose(
       eligible: [B, T, N], bool.
       cached: the cached memories.
       top_k: scalar that takes the place of the settings', while it is annealed; None: theirs.
+      first: the first memory of each one's document [B, N], int32; None: all are of one.
     """
     aggregation = AGGREGATIONS[settings.aggregation]
     assert aggregation.gates is not None
@@ -74,7 +76,7 @@ def choose(
         if settings.segment_init == "checkpoint":
             return logarithmic.checkpoint_gates(gates, groups, eligible.shape[-1])
         assert cached.log_retention is not None
-        return logarithmic.merged_gates(gates, groups, cached.log_retention)
+        return logarithmic.merged_gates(gates, groups, cached.log_retention, first)
     if aggregation.select is not None and top_k is None and _is_grouped(settings, eligible, cached.states):
         assert scores is not None
         assert settings.top_k is not None

@@ -12,12 +12,14 @@ from mc_jax.caching import router, segments
 from mc_jax.caching._recurrence import log_retention_of, memory_of, mixable_of
 from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Scores, Selection
 from mc_jax.caching.cache import Cache
+from mc_jax.caching.finite import Tokens, mark_begun, misaligned_documents, reach_of, without_bad
 from mc_jax.caching.handover import run_in_order
 from mc_jax.caching.neighbours import Neighbours
 from mc_jax.caching.prefill import cache_after
 from mc_jax.caching.reading import Cached, Routing, choose, combine
 from mc_jax.caching.settings import Settings
 from mc_jax.memories import Coefficients, Layout
+from pallas_kernels._finite import marked, reads_bad, selects_bad, spoilt, states_not_finite, zeroed
 from pallas_kernels._kept import keep
 from pallas_kernels._state import OnlineState, Weights, state_dtype
 
@@ -45,6 +47,7 @@ def forward(
     initial_state: Weights | None = None,
     lengths: jax.Array | None = None,
     top_k: jax.Array | None = None,
+    bad: jax.Array | None = None,
 ) -> Output:
     """`memory_caching` for a caller that has its settings at hand.
 
@@ -60,6 +63,8 @@ def forward(
       lengths: [batch], int32: rows end there; later tokens are not written, and what they read has no
         meaning. None: all rows are full.
       top_k: a traced scalar in place of the settings' top_k, while that is annealed.
+      bad: tokens that are not finite, and are given as if they were [batch, length], bool; None: they are
+        looked for, which takes a pass over all arguments.
     """
     found = _read(
         q,
@@ -72,22 +77,28 @@ def forward(
         initial_state=initial_state,
         lengths=lengths,
         top_k=top_k,
+        bad=bad,
         neighbours=None,
     )
     if lengths is None:
         lengths = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
+    pooled = found.pooled
+    if pooled is not None:
+        pooled = pooled._replace(mean=marked(pooled.mean.swapaxes(2, 3), found.bad_ends).swapaxes(2, 3))
+    at_end = jnp.take_along_axis(found.bad, lengths[:, None, None] - 1, axis=1)[:, 0]
     cache = cache_after(
         lengths,
-        online=found.online,
+        online=marked(found.online, at_end),
         cached=found.cached,
-        pooled=found.pooled,
+        pooled=pooled,
         routing=found.routing,
         log_retention=found.log_retention,
         document_ids=found.document_ids,
         initial=initial_state,
         settings=settings,
     )
-    return Output(found.y, found.gates, cache)
+    begun = at_end & (lengths % settings.segment_length != 0)[:, None]
+    return Output(found.y, found.gates, mark_begun(cache, begun))
 
 
 def forward_shared(
@@ -101,6 +112,7 @@ def forward_shared(
     document_ids: jax.Array | None = None,
     initial_state: Weights | None = None,
     top_k: jax.Array | None = None,
+    bad: jax.Array | None = None,
     neighbours: Neighbours | None,
 ) -> tuple[jax.Array, Gates | Selection | None]:
     """`forward` on one of several devices that share rows, each with a run of whole segments of them.
@@ -115,6 +127,7 @@ def forward_shared(
       document_ids: packed documents, the same in all a row's tokens alone.
       initial_state: of the memory.
       top_k: as there.
+      bad: as there.
       neighbours: the devices that share the rows; None: this one has whole rows.
 
     Returns:
@@ -131,6 +144,7 @@ def forward_shared(
         initial_state=initial_state,
         lengths=None,
         top_k=top_k,
+        bad=bad,
         neighbours=neighbours,
     )
     return found.y, found.gates
@@ -145,6 +159,10 @@ class _Found(NamedTuple):
     routing: Routing | None
     log_retention: jax.Array | None
     document_ids: jax.Array
+    bad: jax.Array
+    """Tokens after which the memory is not finite [B, T, H], bool."""
+    bad_ends: jax.Array
+    """Segments after which it is not [B, S, H], bool."""
 
 
 def _read(
@@ -159,6 +177,7 @@ def _read(
     initial_state: Weights | None,
     lengths: jax.Array | None,
     top_k: jax.Array | None,
+    bad: jax.Array | None,
     neighbours: Neighbours | None,
 ) -> _Found:
     batch, length = q.shape[:2]
@@ -174,6 +193,16 @@ def _read(
         document_ids, goes_on = neighbours.normalize_documents(document_ids)
     elif document_ids is not None:
         document_ids = segments.normalize_documents(document_ids)
+    independent = settings.segment_init == "independent"
+    if bad is None:
+        tokens = Tokens(q, k, v, coefficients, routing)
+        (q, k, v, coefficients, routing), writes, queries = without_bad(tokens)
+    else:
+        writes = queries = jnp.broadcast_to(bad[..., None], q.shape[:3])
+    if document_ids is not None and memory.takes_gradients:
+        writes = writes | misaligned_documents(document_ids, settings.chunk_length)[..., None]
+    segment_starts = settings.segment_length if independent else None
+    reach = reach_of(writes, queries, document_ids, segment_starts, neighbours, goes_on)
     layout = Layout(
         segment_length=settings.segment_length,
         segment_init=settings.segment_init,
@@ -183,7 +212,7 @@ def _read(
         document_ids=document_ids,
         lengths=lengths,
     )
-    if neighbours is None or settings.segment_init == "independent":
+    if neighbours is None or independent:
         run = memory.run(q, k, v, coefficients, layout)
     else:
         run, layout = run_in_order(memory, q, k, v, coefficients, layout, goes_on, neighbours)
@@ -196,7 +225,8 @@ def _read(
     log_sum = None
     if log_retention is not None:
         log_sum = jnp.einsum("bsl,bslh->bsh", owned, segments.split(log_retention, settings.segment_length))
-    cached = Cached(run.segment_states, jnp.sum(owned, axis=2), log_sum)
+    bad_ends = reach.ends(settings.segment_length)
+    cached = Cached(marked(run.segment_states, bad_ends), jnp.sum(owned, axis=2), log_sum)
     scores = pooled = None
     if routing is not None:
         routing = Routing(*jax.tree.map(lambda x: x.astype(dtype), tuple(routing)))
@@ -205,23 +235,43 @@ def _read(
     if neighbours is not None and AGGREGATIONS[settings.aggregation].gates is not None:
         # Which states a token may read is now known when the program runs, and not before.
         first_segment, readable_in = neighbours.index * owners.shape[1], None
-        cached, pooled, owners = neighbours.gather((cached, pooled, owners))
+        cached, pooled, owners, bad_ends = neighbours.gather((cached, pooled, owners, bad_ends))
     if routing is not None:
         assert pooled is not None
         online_logit = routing.online_logit
         if online_logit is None:
             online_logit = router.running_mean_logit(routing.u, routing.keys, settings.segment_length)
         scores = Scores(router.score(routing.u, pooled), online_logit)
-    gates = None
+    gates, states, bad_reads = None, cached.states, reach.reads
     if AGGREGATIONS[settings.aggregation].gates is not None:
         eligible = segments.eligible(document_ids, owners, settings.segment_length, first_segment)
-        gates = keep(choose(settings, scores, eligible, cached, top_k))
+        gates = keep(choose(settings, scores, eligible, cached, top_k, segments.first_of_document(owners)))
+        if routing is not None:  # which has scored all of them
+            bad_reads = bad_reads | reads_bad(eligible[:, :, None], bad_ends)
+        bad_states = states_not_finite(cached.states)
+        states = zeroed(cached.states, bad_states)
+        if isinstance(gates, Selection):
+            bad_reads = bad_reads | selects_bad(gates.cached, gates.indices, bad_states)
+        else:
+            bad_reads = bad_reads | reads_bad(gates.cached, bad_states)
     mixable = mixable_of(settings, memory)
     if mixable is None:
-        y = combine(memory, q, run.reads, gates, cached.states, readable_in)
+        y = combine(memory, q, run.reads, gates, states, readable_in)
     else:
         assert isinstance(gates, Gates)
-        y = mixable.run_mixed(q, k, v, coefficients, layout, *gates, cached.states, readable_in)
+        y = mixable.run_mixed(q, k, v, coefficients, layout, *gates, states, readable_in)
+    y = spoilt(y, bad_reads)
     if gates is not None:
         y = keep(y)
-    return _Found(y.astype(v.dtype), gates, run.final, cached, pooled, routing, log_retention, document_ids)
+    return _Found(
+        y.astype(v.dtype),
+        gates,
+        run.final,
+        cached,
+        pooled,
+        routing,
+        log_retention,
+        document_ids,
+        reach.online,
+        bad_ends,
+    )

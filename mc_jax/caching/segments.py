@@ -34,6 +34,13 @@ def segment_documents(document_ids: jax.Array, segment_length: int) -> jax.Array
     return document_ids[:, jnp.minimum(ends, length - 1)]
 
 
+def first_of_document(owners: jax.Array) -> jax.Array:
+    """The first segment that belongs to the same document as each one [batch, segments], int32."""
+    starts = jnp.pad(owners[:, 1:] != owners[:, :-1], ((0, 0), (1, 0)))
+    position = jnp.arange(owners.shape[1], dtype=jnp.int32)[None]
+    return jax.lax.cummax(jnp.where(starts, position, 0), axis=1)
+
+
 def owned(document_ids: jax.Array, segment_length: int) -> jax.Array:
     """Tokens that count for their segment's cached state [batch, segments, segment_length], bool.
 

@@ -81,6 +81,11 @@ class Memory(Protocol):
         """Names of the `Coefficients` it uses; any other one is an error."""
         ...
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether a chunk is written by gradients at one state, so that it holds tokens of one document."""
+        ...
+
     def run(
         self, q: jax.Array, k: jax.Array, v: jax.Array, coefficients: Coefficients, layout: Layout
     ) -> MemoryRun:
@@ -102,12 +107,16 @@ class Memory(Protocol):
     def read(self, q: jax.Array, gates: jax.Array, states: Weights, segment_length: int | None) -> jax.Array:
         """sum_n gates[..., n] M_n(q): [B, T, H, V] from gates [B, T, H, N] and states [B, N, H, ...].
 
-        A `segment_length` promises that token t reads only states n < t // segment_length.
+        A `segment_length` promises that token t reads only states n < t // segment_length. States that
+        several tokens read are finite.
         """
         ...
 
     def read_selected(self, q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
-        """sum_j gates[..., j] M_indices[..., j](q), each token its own few states [B, T, H, k]."""
+        """sum_j gates[..., j] M_indices[..., j](q), each token its own few states [B, T, H, k].
+
+        States that several tokens read are finite.
+        """
         ...
 
     def skip(self, q: jax.Array) -> jax.Array | None:

@@ -16,6 +16,11 @@ class MatrixMemory:
     rule: str
     coefficients: tuple[str, ...]
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Titans' chunks alone are."""
+        return self.rule == "titans"
+
     def run(
         self, q: jax.Array, k: jax.Array, v: jax.Array, coefficients: Coefficients, layout: Layout
     ) -> MemoryRun:
@@ -69,11 +74,11 @@ class MatrixMemory:
 
     def read(self, q: jax.Array, gates: jax.Array, states: Weights, segment_length: int | None) -> jax.Array:
         """The gated sum of all states' reads."""
-        return gated_state_read(q, gates, states, segment_length=segment_length)
+        return gated_state_read(q, gates, states, segment_length=segment_length, finite=True)
 
     def read_selected(self, q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
         """The gated sum of the selected states' reads."""
-        return routed_state_read(q, gates, indices, states)
+        return routed_state_read(q, gates, indices, states, finite=True)
 
     def skip(self, q: jax.Array) -> None:
         """A matrix adds nothing of its own."""

@@ -20,6 +20,11 @@ class MlpMemory:
     branch: str = "bounded"
     """Of z = gelu(x W_in) W_out: "bounded" or "plain"."""
 
+    @property
+    def takes_gradients(self) -> bool:
+        """All of them do."""
+        return True
+
     def run(
         self, q: jax.Array, k: jax.Array, v: jax.Array, coefficients: Coefficients, layout: Layout
     ) -> MemoryRun:
@@ -59,11 +64,13 @@ class MlpMemory:
 
     def read(self, q: jax.Array, gates: jax.Array, states: Weights, segment_length: int | None) -> jax.Array:
         """The gated sum of all states' branches."""
-        return gated_state_read(q, gates, states, branch=self.branch, segment_length=segment_length)
+        return gated_state_read(
+            q, gates, states, branch=self.branch, segment_length=segment_length, finite=True
+        )
 
     def read_selected(self, q: jax.Array, gates: jax.Array, indices: jax.Array, states: Weights) -> jax.Array:
         """The gated sum of the selected states' branches."""
-        return routed_state_read(q, gates, indices, states, branch=self.branch)
+        return routed_state_read(q, gates, indices, states, branch=self.branch, finite=True)
 
     def skip(self, q: jax.Array) -> jax.Array:
         """M(q) = q + branch."""
@@ -87,7 +94,7 @@ class MlpMemory:
         a second time: the first time gave the states that are mixed in here.
         """
         w_in, w_out = states
-        cached = gated_state_read(q, gates, w_in, segment_length=segment_length)
+        cached = gated_state_read(q, gates, w_in, segment_length=segment_length, finite=True)
         found: Any = deep_memory(
             q,
             k,
@@ -100,7 +107,7 @@ class MlpMemory:
             **layout.arguments(),
         )
         online, hidden = found[0], found[-1]
-        cached = gated_state_read(hidden, gates, w_out, segment_length=segment_length)
+        cached = gated_state_read(hidden, gates, w_out, segment_length=segment_length, finite=True)
         return q + self._branch_of_mixture(online, cached)
 
     def step_mixed(

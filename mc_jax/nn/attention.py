@@ -69,10 +69,12 @@ class Attention(nnx.Module):
         rows = jnp.arange(x.shape[0])
         keys, values = cache.k.at[rows, cache.length].set(k), cache.v.at[rows, cache.length].set(v)
         places = jnp.arange(keys.shape[1], dtype=jnp.int32)[None]
-        seen = places <= cache.length[:, None]
+        seen, visible = places <= cache.length[:, None], values
         if self.window is not None:
             seen &= places > (cache.length - self.window)[:, None]
-        y = jax.nn.dot_product_attention(q[:, None], keys, values, mask=seen[:, None, None])
+            # What is past need not be finite: 0 times NaN is NaN.
+            visible = jnp.where(seen[..., None, None], values, 0)
+        y = jax.nn.dot_product_attention(q[:, None], keys, visible, mask=seen[:, None, None])
         y = jnp.where((cache.length < keys.shape[1])[:, None], y.reshape(x.shape), jnp.nan)
         return self.output(y), AttentionCache(keys, values, cache.length + 1)
 

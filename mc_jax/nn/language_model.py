@@ -19,6 +19,7 @@ from mc_jax.nn.norm import RMSNorm
 from mc_jax.nn.remat import rematerialize
 from mc_jax.parallel import constrain
 from mc_jax.parallel.parameters import gather_layer
+from pallas_kernels._finite import spoilt
 
 
 class LanguageModel(nnx.Module):
@@ -76,9 +77,7 @@ class LanguageModel(nnx.Module):
             return constrain(block(x, document_ids, top_k)[0], "batch", "tokens"), None
 
         x, _ = self._scan(apply, constrain(self._embed(tokens), "batch", "tokens"), remat=remat)
-        # Put in at the end: within, it would be NaN in every gradient, that of tokens that are masked too.
-        unknown = caching.from_there_on(self._unknown(tokens), document_ids)
-        return jnp.where(unknown[..., None], jnp.nan, self.norm(x))
+        return self.norm(x)
 
     @property
     def output_map(self) -> jax.Array:
@@ -125,27 +124,19 @@ class LanguageModel(nnx.Module):
         if "memory" not in self.config.layer_pattern and storage != caching.Storage():
             raise ValueError("a storage has no effect on a model without memory layers; leave it out")
         inside = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
-        x = self._embed_known(jnp.where(inside, tokens, 0))
+        x = self._embed(jnp.where(inside, tokens, 0))
         x, caches = self._scan(lambda block, x, _: block.prefill(x, lengths, max_length, storage), x)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self._logits(last), caches
 
     def step(self, tokens: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
         """One more token a row [B]: logits [B, vocabulary] of the one after it, and the new caches."""
-        x = self._embed_known(tokens)
+        x = self._embed(tokens)
         x, caches = self._scan(lambda block, x, cache: block.step(x, cache), x, caches)
         return self._logits(x), caches
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        """Embeddings [..., D]; of a token outside the vocabulary any one."""
-        return self.embedding[...].astype(self.dtype)[tokens]
-
-    def _embed_known(self, tokens: jax.Array) -> jax.Array:
-        """Embeddings [..., D]; of a token outside the vocabulary NaN, which stays in the caches."""
-        return jnp.where(self._unknown(tokens)[..., None], jnp.nan, self._embed(tokens))
-
-    def _unknown(self, tokens: jax.Array) -> jax.Array:
-        """Which tokens are outside the vocabulary, bool; an error where that can be told at once."""
+        """Embeddings [..., D]; a token outside the vocabulary is an error, and NaN if it is traced."""
         words = self.embedding.shape[0]
         unknown = (tokens < 0) | (tokens >= words)
         if not isinstance(unknown, jax.core.Tracer) and jnp.any(unknown):
@@ -153,7 +144,7 @@ class LanguageModel(nnx.Module):
                 f"token {int(tokens[unknown][0])} is outside the vocabulary of {words}; "
                 "give tokens of the model's own tokenizer"
             )
-        return unknown
+        return spoilt(self.embedding[...].astype(self.dtype)[tokens], unknown)
 
     def _scan(
         self,

@@ -19,6 +19,7 @@ from mc_jax.nn.convolution import ShortConvolution
 from mc_jax.nn.norm import RMSNorm
 from mc_jax.parallel import memory
 from pallas_kernels import unit_length
+from pallas_kernels._finite import not_finite
 from pallas_kernels._state import Weights
 
 type Dtype = Any
@@ -154,12 +155,14 @@ class MemoryCaching(nnx.Module):
         top_k: jax.Array | None = None,
     ) -> tuple[jax.Array, Gates | Selection | None]:
         """As a call, with the weights of the memories that each token read."""
+        x, bad = self._without_bad(x, document_ids)
         y, gates = memory.forward(
             *self._write(x, self._convolved(self._qkv(x), document_ids)),
             self.settings,
             document_ids=document_ids,
             initial_state=self._initial_state(),
             top_k=top_k,
+            bad=bad,
         )
         return self._out(x, y), gates
 
@@ -170,12 +173,14 @@ class MemoryCaching(nnx.Module):
 
         Without a `max_cached` in the storage there will be a place for every segment.
         """
+        x, bad = self._without_bad(x, None)
         inputs = self._qkv(x)
         output = caching.forward(
             *self._write(x, self._convolved(inputs)),
             self.settings,
             initial_state=self._initial_state(),
             lengths=lengths,
+            bad=bad,
         )
         cache = output.cache
         if storage.max_cached is None and AGGREGATIONS[self.settings.aggregation].gates is not None:
@@ -191,6 +196,12 @@ class MemoryCaching(nnx.Module):
         q, k, v = (self._heads(part) for part in jnp.split(joined, self._parts, axis=-1))
         y, memory = caching.decode(*self._write(x, (unit_length(q), unit_length(k), v)), cache.memory)
         return self._out(x, y), MixerCache(memory, tail)
+
+    def _without_bad(self, x: jax.Array, document_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Tokens x [B, T, D] with zeros for those that are not finite, and which the convolution makes so."""
+        bad = not_finite(x, axes=2)
+        width = self.convolution.taps.shape[0]
+        return jnp.where(bad[..., None], 0, x), caching.seen_by_convolution(bad, document_ids, width)
 
     def _initial_state(self) -> Weights | None:
         return None if self.initial is None else (self.initial.w_in[...], self.initial.w_out[...])

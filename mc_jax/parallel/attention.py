@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from mc_jax.caching.finite import from_there_on
 from mc_jax.parallel.rules import is_sharded, spec
+from pallas_kernels._finite import not_finite, spoilt, zeroed
 from pallas_kernels._platform import on_tpu
 
 # Tokens of a block, and keys that are multiplied at once: on a v5e this takes 14 % fewer bundles than 512 and
@@ -25,7 +27,7 @@ def attend(
     """Softmax attention of tokens to themselves and earlier ones [B, T, H, K], in q's dtype.
 
     On a TPU, for rows of whole blocks of 128 tokens, no T x T logits are ever held, but where devices share
-    rows.
+    rows. Keys and values that are not finite are NaN in what sees them, and nowhere else.
 
     Args:
       q: queries [B, T, H, K], which are scaled here by 1 / sqrt(K).
@@ -34,6 +36,16 @@ def attend(
       document_ids: [B, T]; packed documents do not see each other. None: one document a row.
       window: tokens that a token sees, its own included; None: all.
     """
+    bad, bad_queries = not_finite(k, v, axes=3), not_finite(q, axes=3)
+    (k, v), q = zeroed((k, v), bad), zeroed(q, bad_queries)
+    earliest = None
+    if window is not None:
+        earliest = jnp.arange(k.shape[1], dtype=jnp.int32) - (window - 1)
+    seen = from_there_on(bad, document_ids, earliest)
+    return spoilt(_attend(q, k, v, document_ids, window), seen | bad_queries)
+
+
+def _attend(q, k, v, document_ids, window):
     shares_rows = is_sharded() and len(spec("tokens")) > 0
     if not on_tpu(q) or q.shape[1] % _LANES or shares_rows:
         return _xla(q, k, v, document_ids, window)

@@ -29,6 +29,7 @@ def forward(
     document_ids: jax.Array | None = None,
     initial_state: Weights | None = None,
     top_k: jax.Array | None = None,
+    bad: jax.Array | None = None,
 ) -> tuple[jax.Array, Gates | Selection | None]:
     """Reads [B, T, H, V] and gates of `caching.forward`, without the cache.
 
@@ -44,6 +45,7 @@ def forward(
       document_ids: [B, T].
       initial_state: [H, ...], the same for all rows.
       top_k: a traced scalar.
+      bad: [B, T].
 
     Raises:
       ValueError: T tokens that the mesh does not cut into runs of whole segments.
@@ -57,7 +59,7 @@ def forward(
             "or set mesh.sequence to 1"
         )
 
-    def run(q, k, v, routing, coefficients, document_ids, initial_state, top_k) -> tuple[jax.Array, Any]:
+    def run(q, k, v, routing, coefficients, document_ids, initial_state, top_k, bad) -> tuple[jax.Array, Any]:
         return caching.forward_shared(
             q,
             k,
@@ -68,10 +70,11 @@ def forward(
             document_ids=document_ids,
             initial_state=initial_state,
             top_k=top_k,
+            bad=bad,
             neighbours=neighbours,
         )
 
-    arguments = (q, k, v, routing, coefficients, document_ids, initial_state, top_k)
+    arguments = (q, k, v, routing, coefficients, document_ids, initial_state, top_k, bad)
     if not is_sharded():
         return run(*arguments)
 
@@ -85,7 +88,13 @@ def forward(
     per_head = whole_spec("batch", "tokens", "heads")
     return jax.shard_map(
         run_part,
-        in_specs=(*[per_head] * 5, whole_spec("batch", "tokens"), whole_spec("heads"), jax.P()),
+        in_specs=(
+            *[per_head] * 5,
+            whole_spec("batch", "tokens"),
+            whole_spec("heads"),
+            jax.P(),
+            whole_spec("batch", "tokens"),
+        ),
         out_specs=per_head,
         # Results of kernels do not tell over which axes they vary; here all do over all that matter.
         check_vma=False,

@@ -32,6 +32,7 @@ def decode_step(
     read, after = memory_step(state, wide_q, k, v, **write)
     row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
     chosen = states[row, indices, head].astype(dtype)  # [B, H, J, K, V]
+    chosen = jnp.where(gates[..., None, None] != 0, chosen, 0)
     y = online_gate[..., None].astype(dtype) * read
     y = y + jnp.einsum("bhk,bhj,bhjkv->bhv", wide_q, gates.astype(dtype), chosen, precision="highest")
     assert isinstance(after.weights, jax.Array)

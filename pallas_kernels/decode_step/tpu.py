@@ -231,7 +231,8 @@ def _token(rule, scalars_1C, columns, rows, before, after, selected, starts):
     after[0][...] = weights
     mixed = online_gate * weights
     for gate, state in zip(gates, selected, strict=True):
-        mixed += gate * state[...].astype(mixed.dtype)
+        # Where there is nothing to read there may be anything.
+        mixed += jnp.where(gate != 0, gate * state[...].astype(mixed.dtype), 0)
     return _read(query_K1, mixed)
 
 

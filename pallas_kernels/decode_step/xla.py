@@ -33,7 +33,8 @@ def decode_step(
     chosen_BHJKV = states.at[row, indices, head].get(mode="promise_in_bounds")
     reads_BHJV = query(q[:, :, None, None], chosen_BHJKV)[..., 0, :]
     y = online_gate[..., None].astype(reads_BHJV.dtype) * read.astype(reads_BHJV.dtype)
-    y = y + jnp.sum(gates[..., None].astype(reads_BHJV.dtype) * reads_BHJV, axis=2)
+    gates_BHJ1 = gates[..., None].astype(reads_BHJV.dtype)
+    y = y + jnp.sum(jnp.where(gates_BHJ1 != 0, gates_BHJ1 * reads_BHJV, 0), axis=2)
     # A scatter outside of the array writes nothing.
     place = jnp.where(slot < 0, states.shape[1], slot)
     assert isinstance(after.weights, jax.Array)

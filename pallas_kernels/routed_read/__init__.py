@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._branch import branch_for
+from pallas_kernels._finite import selects_bad, spoilt, states_not_finite, zeroed
 from pallas_kernels._platform import on_tpu, platform
 from pallas_kernels._state import Weights
 from pallas_kernels.routed_read import reference, tpu, xla
@@ -38,6 +39,7 @@ def routed_state_read(
     states: Weights,
     *,
     branch: str | None = None,
+    finite: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """sum_j gates[..., j] M_{indices[..., j]}(q): the read of MC eq. 17, at the cost of k reads a token.
@@ -47,12 +49,13 @@ def routed_state_read(
 
     Args:
       q: queries [batch, length, heads, key_dim].
-      gates: weights [batch, length, heads, k], float32; 0 where there is nothing to read.
+      gates: weights [batch, length, heads, k], float32; 0 where there is nothing to read, whatever is there.
       indices: which states [batch, length, heads, k], int32, all in [0, states) whatever their gates; a
         state chosen twice is read twice.
       states: cached matrices [batch, states, heads, key_dim, value_dim], or of MLPs the pair (w_in [batch,
         states, heads, key_dim, hidden], w_out [batch, states, heads, hidden, value_dim]).
       branch: of MLPs "bounded" or "plain"; None: "bounded", or that states are matrices.
+      finite: a promise that all states are, where there are several tokens: none is then looked at for it.
       implementation: "tpu", "xla" or "reference"; None picks the best for the platform of the mesh that is
         set (`jax.set_mesh`), or else of the default device. "tpu" is of matrices, float32 and bfloat16, and
         not split over devices by itself: it belongs in a `jax.shard_map` over batch and heads. It is
@@ -93,6 +96,11 @@ def routed_state_read(
     if implementation not in _IMPLEMENTATIONS:
         names = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"unknown implementation {implementation!r}; choose from {names}")
-    return _IMPLEMENTATIONS[implementation](
-        q, gates, indices.astype(jnp.int32), states, branch=branch_for(states, branch)
-    )
+    read = functools.partial(_IMPLEMENTATIONS[implementation], branch=branch_for(states, branch))
+    indices = indices.astype(jnp.int32)
+    if finite or (length == 1 and implementation == "xla"):
+        # A token alone selects by itself: only the states that are read are touched.
+        return read(q, gates, indices, states)
+    bad = states_not_finite(states)
+    out = read(q, gates, indices, zeroed(states, bad))
+    return spoilt(out, selects_bad(gates, indices, bad))

@@ -46,7 +46,8 @@ def gather(
     of_head = jax.vmap(lambda leaf, chosen: leaf[chosen], in_axes=(1, 1), out_axes=1)
     chosen_BTHk = jax.tree.map(lambda leaf: jax.vmap(of_head)(leaf, indices), states)
     reads_BTHkV = query(q[:, :, :, None, None], chosen_BTHk, branch)[..., 0, :]
-    return jnp.sum(gates[..., None].astype(reads_BTHkV.dtype) * reads_BTHkV, axis=3).astype(q.dtype)
+    gates_BTHk1 = gates[..., None].astype(reads_BTHkV.dtype)
+    return jnp.sum(jnp.where(gates_BTHk1 != 0, gates_BTHk1 * reads_BTHkV, 0), axis=3).astype(q.dtype)
 
 
 @_made_again

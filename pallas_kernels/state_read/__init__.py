@@ -1,8 +1,11 @@
 """Reading cached states densely: every query reads every state, weighted by its gate."""
 
+import functools
+
 import jax
 
 from pallas_kernels._branch import branch_for
+from pallas_kernels._finite import reads_bad, spoilt, states_not_finite, zeroed
 from pallas_kernels._platform import on_tpu
 from pallas_kernels._state import Weights
 from pallas_kernels.state_read import gpu, reference, tpu, xla
@@ -26,6 +29,7 @@ def gated_state_read(
     *,
     branch: str | None = None,
     segment_length: int | None = None,
+    finite: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """sum_n gates[..., n] M_n(q): the read of MC eq. 8 (and 6, 14, 16) over cached memories.
@@ -34,12 +38,14 @@ def gated_state_read(
 
     Args:
       q: queries [batch, length, heads, key_dim].
-      gates: weights [batch, length, heads, states], float32; 0 where a state must not be read.
+      gates: weights [batch, length, heads, states], float32; 0 where a state must not be read, which then
+        need not be finite; a read of one that is not is NaN.
       states: cached matrices [batch, states, heads, key_dim, value_dim], or of MLPs the pair (w_in [batch,
         states, heads, key_dim, hidden], w_out [batch, states, heads, hidden, value_dim]).
       branch: of MLPs "bounded" or "plain"; None: "bounded", or that states are matrices.
       segment_length: a promise that gates[:, t, :, n] is 0 unless n < t // segment_length: much of what is
         not read is then skipped, and those gates may get a zero gradient. None: no promise.
+      finite: a promise that all states are, where there are several tokens: none is then looked at for it.
       implementation: "tpu", "gpu", "xla" or "reference"; None picks the best for the platform of the mesh
         that is set (`jax.set_mesh`), or else of the default device: on a GPU "xla", since nobody has measured
         "gpu" yet. "tpu" is float32 and bfloat16; "gpu" is for matrices and queries of bfloat16, of a key_dim
@@ -78,6 +84,10 @@ def gated_state_read(
     if implementation not in _IMPLEMENTATIONS:
         names = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"unknown implementation {implementation!r}; choose from {names}")
-    return _IMPLEMENTATIONS[implementation](
-        q, gates, states, branch=branch_for(states, branch), segment_length=segment_length
-    )
+    read = functools.partial(_IMPLEMENTATIONS[implementation], branch=branch_for(states, branch))
+    if finite or (length == 1 and implementation == "xla"):
+        # A token alone selects by itself: states are looked at but once.
+        return read(q, gates, states, segment_length=segment_length)
+    bad = states_not_finite(states)
+    out = read(q, gates, zeroed(states, bad), segment_length=segment_length)
+    return spoilt(out, reads_bad(gates, bad))

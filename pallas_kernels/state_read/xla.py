@@ -76,7 +76,8 @@ def _read_token(q, gates, states, branch):
     # One token a row, in decoding: no loop, and states stay where they are.
     reads_BNHV = query(q[:, :, :, None], states, branch)[:, :, :, 0]
     gates_BNH = gates[:, 0].swapaxes(1, 2)
-    return jnp.sum(gates_BNH[..., None] * reads_BNHV, axis=1, keepdims=True).astype(q.dtype)
+    weighed_BNHV = jnp.where(gates_BNH[..., None] != 0, gates_BNH[..., None] * reads_BNHV, 0)
+    return jnp.sum(weighed_BNHV, axis=1, keepdims=True).astype(q.dtype)
 
 
 class _How(NamedTuple):

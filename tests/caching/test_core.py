@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from caching_arguments import AGGREGATIONS, CHUNK, MEMORIES, NAMES, ROUTER, SEGMENT, SLOW_BUT_ONE, arguments
+from caching_arguments import (
+    AGGREGATIONS,
+    CHUNK,
+    HEADS,
+    MEMORIES,
+    NAMES,
+    ROUTER,
+    SEGMENT,
+    SLOW_BUT_ONE,
+    arguments,
+)
 from reference.mc_reference import memory_caching_reference
 
 from mc_jax.caching import Routing, Settings, forward, memory_caching
@@ -119,6 +129,25 @@ def test_every_router_form_agrees_with_the_reference(router, settings, documents
     if settings.get("segment_init") == "independent":
         del found["initial_state"]  # it would be counted once a segment: refused
     check_agreement(settings, found)
+
+
+@pytest.mark.usefixtures("x64")
+def test_what_a_document_forgets_costs_no_other_one_its_precision():
+    settings = {"memory": "linear", "segment_length": SEGMENT, "chunk_length": CHUNK, **_LOGARITHMIC_SUMS}
+    found = arguments("linear", False, "gated", length=61)
+    del found["initial_state"]
+    # The first document forgets nearly all at every token, and so does the second one's first segment.
+    position = jnp.arange(61)[None]
+    found["document_ids"] = jnp.broadcast_to((position >= 19).astype(jnp.int32), (2, 61))
+    found["retention"] = jnp.where(position[..., None] < 28, 1e-30, 0.9 + 0.1 * found["retention"])
+    found["retention"] = jnp.broadcast_to(found["retention"], (2, 61, HEADS))
+    rest = {name: value for name, value in found.items() if name not in ("q", "k", "v", "u")}
+    expected, _, _ = memory_caching_reference(
+        found["q"], found["k"], found["v"], found["u"], **rest, **settings
+    )
+    narrow = {name: x if name == "document_ids" else x.astype(jnp.float32) for name, x in found.items()}
+    y = jax.jit(lambda found: memory_caching(**found, **settings)[0])(narrow)
+    assert error(y, expected) <= 1e-6
 
 
 @pytest.mark.usefixtures("x64")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_arguments import RULES, arguments, narrow
+from decode_arguments import RULES, arguments, narrow, with_a_gate_of_zero
 
 from pallas_kernels import decode_step, memory_step
 
@@ -32,6 +32,14 @@ def test_nothing_selected_leaves_a_step_of_the_memory():
     read, expected = memory_step(found["state"], **write)
     np.testing.assert_allclose(y, found["online_gate"][..., None] * read, rtol=1e-6)
     np.testing.assert_array_equal(after.weights, expected.weights)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_what_lies_in_a_slot_is_nothing_to_a_gate_of_zero(implementation):
+    found = with_a_gate_of_zero(arguments("linear"))
+    expected = _run(found, implementation)[0]
+    poisoned = {**found, "states": found["states"].at[:, 3].set(jnp.nan)}
+    np.testing.assert_array_equal(_run(poisoned, implementation)[0], expected)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_arguments import RULES, arguments, narrow
+from decode_arguments import RULES, arguments, narrow, with_a_gate_of_zero
 from jax.experimental.pallas import tpu as pltpu
 from tpu_topology import CHIPS, lower_for
 
@@ -52,6 +52,14 @@ def test_rows_and_blocks_of_heads_do_not_mix(monkeypatch):
 @pytest.mark.parametrize("rule", RULES)
 def test_bfloat16_is_accurate_to_rounding(rule):
     _assert_close(arguments(rule, key_dim=128, value_dim=128), 5e-3, jnp.bfloat16, jnp.bfloat16)
+
+
+def test_what_lies_in_a_slot_is_nothing_to_a_gate_of_zero():
+    found = with_a_gate_of_zero(arguments("linear"))
+    expected = _assert_close(found, 1e-5)[0]
+    with pltpu.force_tpu_interpret_mode(MODE):
+        got = _run({**found, "states": found["states"].at[:, 3].set(jnp.nan)}, "tpu")[0]
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_a_finished_state_takes_its_slot_alone_and_after_the_read():

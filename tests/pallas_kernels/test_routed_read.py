@@ -65,6 +65,23 @@ def _assert_agree(got, expected, value_tolerance, gradient_tolerance):
         )
 
 
+@pytest.mark.parametrize("mlp", [False, True], ids=["matrix", "mlp"])
+@pytest.mark.parametrize("length", [LENGTH, 1])
+def test_a_state_that_is_not_finite_is_nothing_to_a_gate_of_zero_and_nan_to_any_other(mlp, length):
+    q, gates, indices, states = _arguments(6, mlp=mlp, length=length)
+    chosen = indices == 1
+    reads = jnp.any(chosen, axis=-1).at[1].set(False)
+    gates = jnp.where(chosen & ~reads[..., None], 0, gates)
+    poisoned = jax.tree.map(lambda leaf: leaf.at[:, 1].set(jnp.nan).at[:, 1, :, 0, 0].set(jnp.inf), states)
+    got = _read_and_gradients((q, gates, indices, poisoned), "xla")
+    expected = _read_and_gradients((q, jnp.where(reads[..., None], 0, gates), indices, states), "reference")
+    np.testing.assert_array_equal(np.isnan(got["the result"]).all(-1), reads)
+    np.testing.assert_allclose(got["the result"][~reads], expected["the result"][~reads], atol=1e-5)
+    if length > 1:  # a token alone, in decoding, has no gradient
+        np.testing.assert_allclose(got["q"], expected["q"], atol=1e-5)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((got["gates"], got["states"])))
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("branch", [None, "bounded", "plain"], ids=["matrix", "bounded", "plain"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -98,6 +98,33 @@ def test_a_promised_segment_length_changes_nothing(mlp, segment_length, states):
 
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["matrix", "mlp"])
+@pytest.mark.parametrize("length", [LENGTH, 1])
+def test_a_state_that_is_not_finite_is_nothing_to_a_gate_of_zero_and_nan_to_any_other(mlp, length):
+    q, gates, states = _arguments(6, mlp=mlp, length=length)
+    reads = jnp.zeros((BATCH, length, HEADS), bool).at[0, 0::3, 1].set(True)
+    gates = gates.at[..., 1].set(jnp.where(reads, gates[..., 1], 0))
+    poisoned = jax.tree.map(lambda leaf: leaf.at[:, 1].set(jnp.nan).at[:, 1, :, 0, 0].set(jnp.inf), states)
+    got = _read_and_gradients((q, gates, poisoned), "xla")
+    # What reads nothing at all stands for what is NaN: neither has a gradient.
+    expected = _read_and_gradients((q, jnp.where(reads[..., None], 0, gates), states), "reference")
+    np.testing.assert_array_equal(
+        np.isnan(got["the result"]), np.broadcast_to(reads[..., None], got["the result"].shape)
+    )
+    np.testing.assert_allclose(got["the result"][~reads], expected["the result"][~reads], atol=1e-5)
+    if length > 1:  # a token alone, in decoding, has no gradient
+        np.testing.assert_allclose(got["q"], expected["q"], atol=1e-5)
+        others = np.array([0, 2])
+        np.testing.assert_allclose(
+            got["gates"][~reads][:, others], expected["gates"][~reads][:, others], atol=1e-5
+        )
+        assert not np.any(got["gates"][~reads][:, 1])
+        for leaf, right in zip(
+            jax.tree.leaves(got["states"]), jax.tree.leaves(expected["states"]), strict=True
+        ):
+            np.testing.assert_allclose(leaf, right, atol=1e-5)
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["matrix", "mlp"])
 def test_float32_is_exact_to_rounding(mlp):
     arguments = _arguments(2, mlp=mlp)
     _assert_agree(
