@@ -127,6 +127,8 @@ def _run(
     before: Callable[[], None] | None,
     seconds_a_step: float,
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    StopSignals().__enter__()  # whose output is there listens
     opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(opened, 1)
     os.dup2(opened, 2)
@@ -147,8 +149,6 @@ def _run(
     loop.on_mesh = on_mesh_slowly
     if before is not None:
         before()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore it
-    with StopSignals():
-        code = main(words)
+    code = main(words)
     atexit._run_exitfuncs()  # JAX's are part of how a process ends, and a fork's end leaves them out
     sys.exit(code)

@@ -49,7 +49,7 @@ class Disturbance:
     """The entry at which the signals come, from 1."""
     hangs: bool = False
     """Whether the function never ends."""
-    seconds_between: float = 0.4
+    seconds_between: float = 1.0
     """Two that come closer together are one press of Ctrl-C."""
 
     def with_signals(self, *signals: signal.Signals) -> "Disturbance":
