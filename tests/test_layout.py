@@ -180,6 +180,7 @@ def test_every_dependency_is_imported():
     }
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     names = {re.split(r"[^\w-]", entry)[0].replace("-", "_") for entry in listed}
+    names -= {"tensorstore"}  # Orbax writes by it; checkpoint/writing.py reads what it says of a full disk
     unused = {name for name in names if name.split("_")[0] not in imported and name not in imported}
     assert not unused, f"no file imports {sorted(unused)}: take them out of pyproject.toml"
 
