@@ -17,8 +17,7 @@ from mc_jax.config import Config
 from mc_jax.data.dataset import Dataset, open_data
 from mc_jax.data.files import UNFINISHED, write_text
 from mc_jax.parallel.processes import first_decides, must_agree
-from mc_jax.training._buckets import absolute
-from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, Kind, kind_of, steps_in
+from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, Kind, checkpoints_of, kind_of, steps_in
 from mc_jax.training.lock import LOCK_FILE, RunLock
 from mc_jax.training.run import CONFIG_FILE, TOKENIZER_FILE, read_config
 from mc_jax.training.seal import is_sealed, make_seal, must_fit, newest_seal, seal_of_settings
@@ -75,6 +74,7 @@ def opened(run_dir: epath.Path, config: Config, *, overwrite: bool) -> Iterator[
         processes differ in their settings, their data, or what they see of the folder. Nothing is written
         in these cases, but in the last one.
     """
+    checkpoints_of(run_dir)
     if not overwrite:
         config = _with_branch_of(run_dir, config)
     must_agree("settings", f"{run_dir} {overwrite} {configs.to_json(config)}")
@@ -103,7 +103,7 @@ def opened(run_dir: epath.Path, config: Config, *, overwrite: bool) -> Iterator[
 
 def newest_step(run_dir: epath.Path) -> int | None:
     """The newest step among a run's checkpoints; None without one."""
-    folder = absolute(run_dir / CHECKPOINTS_FOLDER)
+    folder = checkpoints_of(run_dir)
     counted = (step for step in steps_in(folder) if kind_of(folder, step) is not Kind.UNFINISHED)
     return max(counted, default=None)
 

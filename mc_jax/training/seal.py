@@ -15,9 +15,8 @@ from etils import epath
 from mc_jax import config as configs
 from mc_jax.config import Config
 from mc_jax.data.dataset import Dataset
-from mc_jax.training._buckets import absolute
 from mc_jax.training.checkpoint.digest import DamagedError
-from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, steps_in
+from mc_jax.training.checkpoint.folder import checkpoints_of, steps_in
 from mc_jax.training.checkpoint.reading import read_seal
 
 _SEALED = ("data.context_length", "training.seed", "training.optimizer")
@@ -56,7 +55,7 @@ def is_sealed(name: str) -> bool:
 
 def newest_seal(run_dir: epath.Path) -> tuple[int, Mapping[str, str]] | None:
     """The newest step whose seal can be read, and the seal; None where no checkpoint has one."""
-    folder = absolute(run_dir / CHECKPOINTS_FOLDER)
+    folder = checkpoints_of(run_dir)
     for step in reversed(steps_in(folder)):
         with contextlib.suppress(DamagedError):
             seal = read_seal(folder, step)

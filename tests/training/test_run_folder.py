@@ -50,6 +50,12 @@ def test_a_half_made_folder_is_finished(run, config, left):
     assert configs.from_json((run / "config.json").read_text()) == config
 
 
+def test_a_path_that_checkpoints_are_not_found_in_is_refused_before_anything_is_written(run, config):
+    with pytest.raises(ValueError, match=r"with '\['"):
+        open_once(run / "a[1]", config)
+    assert not run.exists() or not names(run)
+
+
 @pytest.mark.parametrize(
     ("left", "told"),
     [("thesis.txt", "is not empty and not a run"), ("checkpoints/5/state", "has checkpoints and no config")],

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from mc_jax.data.files import is_in_bucket, sync
+from mc_jax.training._buckets import absolute
 from mc_jax.training.checkpoint.digest import DamagedError, digest_file, read_digest
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -31,6 +32,18 @@ class Kind(enum.Enum):
     """It was made before digests were kept."""
     UNFINISHED = "unfinished"
     """A digest is missing: it is being written, held back, or was cut off."""
+
+
+def checkpoints_of(run_dir: epath.Path) -> epath.Path:
+    """The folder of a run's checkpoints, from the root, as Orbax wants it.
+
+    Raises:
+      ValueError: Orbax would save there and never find it again, for it takes the path for a pattern.
+    """
+    folder = absolute(run_dir / CHECKPOINTS_FOLDER)
+    if "[" in str(folder):
+        raise ValueError(f"checkpoints cannot be read back from a path with '[' ({run_dir}); choose another")
+    return folder
 
 
 def steps_in(folder: epath.Path) -> list[int]:

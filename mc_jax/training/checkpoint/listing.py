@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 from etils import epath
 
-from mc_jax.training._buckets import absolute
 from mc_jax.training.checkpoint.digest import DamagedError, read_digests, verify, walk
-from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, Kind, kind_of, steps_in
+from mc_jax.training.checkpoint.folder import Kind, checkpoints_of, kind_of, steps_in
 from mc_jax.training.metrics import read_metrics
 
 
@@ -30,7 +29,7 @@ class Listed(NamedTuple):
 
 def list_checkpoints(run_dir: epath.Path) -> list[Listed]:
     """The checkpoints of a run by step, each file of them read and held against its digest."""
-    folder = absolute(run_dir / CHECKPOINTS_FOLDER)
+    folder = checkpoints_of(run_dir)
     lines = {line["step"]: line for line in read_metrics(run_dir)}
 
     def known(step: int, name: str) -> float | None:

@@ -13,9 +13,8 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from mc_jax.parallel.processes import first_of_all, told_by_first
-from mc_jax.training._buckets import absolute
 from mc_jax.training.checkpoint.digest import DamagedError, read_digests, verify
-from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, Kind, kind_of, steps_in
+from mc_jax.training.checkpoint.folder import Kind, checkpoints_of, kind_of, steps_in
 from mc_jax.training.step import TrainState, all_finite
 
 STATE = "state"
@@ -62,7 +61,7 @@ def load_newest(run_dir: epath.Path, like: TrainState) -> Loaded | None:
     Raises:
       ValueError: there are checkpoints, and none is whole; or the newest one is of another model.
     """
-    folder = absolute(run_dir / CHECKPOINTS_FOLDER)
+    folder = checkpoints_of(run_dir)
     damaged: dict[int, str] = {}
     deadline = time.monotonic() + _SECONDS_OF_PATIENCE
     while (found := _newest(folder, damaged)) is not None:
@@ -94,8 +93,8 @@ def must_be_finite(run_dir: epath.Path, loaded: Loaded, tree: Any) -> None:
     """
     if loaded.has_digest or all_finite(tree):
         return
-    folder = run_dir / CHECKPOINTS_FOLDER
-    earlier = [step for step in steps_in(absolute(folder)) if step < loaded.step]
+    folder = checkpoints_of(run_dir)
+    earlier = [step for step in steps_in(folder) if step < loaded.step]
     cure = "train it anew with a lower --training.learning-rate under another --name"
     if earlier:
         cure = f"move {folder / str(loaded.step)} elsewhere, and step {earlier[-1]} is used"

@@ -14,11 +14,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from mc_jax.parallel.processes import first_decides
-from mc_jax.training._buckets import absolute
 from mc_jax.training.checkpoint.digest import Digest, hash_own_files, write_digest
 from mc_jax.training.checkpoint.folder import (
-    CHECKPOINTS_FOLDER,
     WITH_DIGEST,
+    checkpoints_of,
     clear_after,
     delete_but_newest,
     delete_unfinished,
@@ -59,7 +58,7 @@ class Checkpoints:
           seal: what the run is made of, to be kept beside each checkpoint.
         """
         self._run_dir = run_dir
-        self.folder = absolute(run_dir / CHECKPOINTS_FOLDER)  # Orbax wants it so
+        self.folder = checkpoints_of(run_dir)
         self._every, self._keep, self._seal = every, keep, seal
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: _Held | None = None
