@@ -174,7 +174,7 @@ def _gradients(implementation, segment_init="checkpoint"):
     return run
 
 
-# At the sizes of 760M and 1.3B, of which a chip has one for each objective: a program takes half a minute. A v4
+# At the sizes of 760M and 1.3B, in turn, for a program takes half a minute to compile. A v4
 # has a quarter of the VMEM that a state of 1.3B takes: there XLA's version runs.
 @pytest.mark.parametrize(
     ("objective", "chip", "heads", "dim"),
