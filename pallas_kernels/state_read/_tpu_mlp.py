@@ -167,12 +167,16 @@ def read_bar(
     # A state alone may be larger than a tile should be; then less is left for queries.
     excess = 2 * (key_dim + value_dim) * hidden_dim * bytes_of_number - tiles.room_for_states()
     queries_bytes = max(tiles.room_for_queries() - max(0, round(excess)), tiles.room_for_queries() // 4)
+    length = _LENGTH_WIDE if has_wide_units() else _LENGTH
+    if branch.is_bounded and excess > tiles.room_for_queries():
+        # On a v4: a bounded read's sums, and their gradients, are as many numbers as its tokens.
+        length //= 2
     tiling = _fit(
         q,
         w_in,
         w_out,
         segment_length,
-        _LENGTH_WIDE if has_wide_units() else _LENGTH,
+        length,
         bytes_of_number,
         piece=queries_bytes // (key_dim * dtype.itemsize),
     )
