@@ -143,5 +143,6 @@ class MlpMemory:
 
     def _branch_of_mixture(self, online: jax.Array, cached: jax.Array) -> jax.Array:
         """The branch of z = online + cached [..., V], in their dtype."""
-        z = online.astype(state_dtype(online)) + cached
+        dtype = state_dtype(online)
+        z = online.astype(dtype) + cached.astype(dtype)
         return Branch(self.branch).of(z).astype(online.dtype)
