@@ -125,7 +125,9 @@ class Programs:
 
 def by_fingerprint() -> dict[str, Any]:
     """What is on record of each program."""
-    return {entry["program"]: entry["facts"] for entry in json.loads(RECORD.read_text()).values()}
+    with RECORD.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # another worker may be writing
+        return {entry["program"]: entry["facts"] for entry in json.load(file).values()}
 
 
 def write_record(entries: dict[str, Any], only: Iterable[str] | None = None) -> None:
