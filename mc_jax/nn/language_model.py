@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mc_jax import caching
@@ -139,7 +140,7 @@ class LanguageModel(nnx.Module):
         """Embeddings [..., D]; a token outside the vocabulary is an error, and NaN if it is traced."""
         words = self.embedding.shape[0]
         unknown = (tokens < 0) | (tokens >= words)
-        if not isinstance(unknown, jax.core.Tracer) and jnp.any(unknown):
+        if not isinstance(unknown, jax.core.Tracer) and np.any(unknown):
             raise ValueError(
                 f"token {int(tokens[unknown][0])} is outside the vocabulary of {words}; "
                 "give tokens of the model's own tokenizer"

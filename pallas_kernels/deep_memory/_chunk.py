@@ -116,9 +116,8 @@ def run_chunks(
     scores = apply_transposed(tokens.q, tokens.k) * shares.between
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT)
     chunk = functools.partial(_chunk, objective=objective, branch=branch, initial=initial)
-    return jax.lax.scan(
-        jax.checkpoint(chunk, policy=policy, prevent_cse=False), state, (tokens, shares, scores)
-    )
+    # CSE is prevented though this is a loop's body: of one chunk it is no loop, and XLA then made all NaN.
+    return jax.lax.scan(jax.checkpoint(chunk, policy=policy), state, (tokens, shares, scores))
 
 
 def _chunk(

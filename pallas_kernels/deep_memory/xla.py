@@ -109,7 +109,7 @@ def _run_in_blocks(run, state: OnlineState, chunks: Tokens):
     count = chunks.q.shape[0]
     size = next(size for size in range(min(count, _BLOCK_CHUNKS), 0, -1) if count % size == 0)
     blocks = jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), chunks)
-    run = jax.checkpoint(run, prevent_cse=False)
+    run = jax.checkpoint(run)
     state, outputs = jax.lax.scan(lambda state, block: run(keep(state), block), state, blocks)
     return state, jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), outputs)
 

