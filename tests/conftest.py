@@ -85,7 +85,9 @@ def pytest_testnodedown(node, error):
 
 
 def _is_everything(config) -> bool:
-    return config.args_source.name == "TESTPATHS" and not (config.option.keyword or config.option.markexpr)
+    option = config.option
+    some = option.keyword or option.markexpr or option.collectonly or option.deselect
+    return config.args_source.name == "TESTPATHS" and not some
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -110,7 +110,9 @@ def test_a_run_of_all_tests_that_compiles_many_programs_fails(more, keyword, sta
     config = types.SimpleNamespace(
         stash={conftest.SEEN: seen},
         args_source=pytest.Config.ArgsSource.TESTPATHS,
-        option=types.SimpleNamespace(programs=None, keyword=keyword, markexpr=""),
+        option=types.SimpleNamespace(
+            programs=None, keyword=keyword, markexpr="", collectonly=False, deselect=None
+        ),
     )
     session = types.SimpleNamespace(config=config, exitstatus=0)
     conftest.pytest_sessionfinish(session, 0)
