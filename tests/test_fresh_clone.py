@@ -38,6 +38,7 @@ APPENDED: dict[str, list[str] | None] = {
     "mc-jax generate gs:": ["--help"],
     "mc-jax prepare": ["--vocab-size", "270"],
     "mc-jax plan": ["--help"],
+    "mc-jax checkpoints": ["--help"],
     "mc-jax selftest": ["--help"],
     "python -m": ["--help"],
 }

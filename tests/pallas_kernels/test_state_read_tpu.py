@@ -154,10 +154,10 @@ def test_bfloat16_is_accurate_to_rounding(hidden):
 def test_states_that_no_token_may_read_are_not_touched(hidden):
     q, gates, states, out_bar = _arguments(200, 12, 32, 32, hidden=hidden, segment_length=64)
     readable = jax.tree.map(lambda leaf: leaf[:, :4], states)
-    expected = _read_and_gradients("reference", q, gates[..., :4], readable, out_bar, 64)
+    expected = _read_and_gradients("reference", q, gates[..., :4], readable, out_bar, segment_length=64)
     poisoned = jax.tree.map(lambda leaf: leaf.at[:, 4:].set(jnp.nan), states)
     with pltpu.force_tpu_interpret_mode():
-        got = _read_and_gradients("tpu", q, gates, poisoned, out_bar, 64)
+        got = _read_and_gradients("tpu", q, gates, poisoned, out_bar, segment_length=64)
         jax.block_until_ready(got)
     np.testing.assert_allclose(got["the result"], expected["the result"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got["q"], expected["q"], rtol=1e-4, atol=1e-5)

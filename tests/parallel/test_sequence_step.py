@@ -128,6 +128,8 @@ def test_only_states_and_pooled_keys_go_between_devices_that_share_rows(linear_s
     assert sorted(found["reduce-scatter", along]) == sorted(scattered), "their gradients"
     # Of queries, keys and values, and back; and once which documents they are of.
     tokens = 2 * 3 * layers * [4 * rows * halo * features] + [4 * rows * halo]
+    # Once more by one, two and three tokens, to tell which of them a number that is not finite reaches.
+    tokens += [4 * rows * distance for distance in range(1, halo + 1)]
     assert sorted(found["collective-permute", along]) == sorted(tokens), "the convolution's halo"
     leaves = jax.tree.leaves(parameters)
     gradients = sum(4 * leaf.size for leaf in leaves)

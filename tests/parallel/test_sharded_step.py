@@ -11,7 +11,16 @@ import pytest
 from etils import epath
 from tpu_topology import four
 
-from mc_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Remat, TrainingConfig, validate
+from mc_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    Remat,
+    TrainingConfig,
+    document_alignment,
+    validate,
+)
 from mc_jax.parallel import make_mesh, on_mesh
 from mc_jax.training.checkpoint import Checkpoints
 from mc_jax.training.optimizer import learning_rate, make_optimizer
@@ -56,12 +65,13 @@ def config_of(model: dict, *, context_length: int = LENGTH, **training) -> Confi
     )
 
 
-def batch_of(seed: int, length: int = LENGTH) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
+def batch_of(seed: int, config: Config) -> dict[str, np.ndarray]:
+    rng, length = np.random.default_rng(seed), config.data.context_length
     tokens = rng.integers(0, VOCABULARY, (ROWS, length + 1), dtype=np.int32)
     mask = np.ones((ROWS, length), np.float32)
     mask[3, 15:] = 0.0
     starts = rng.integers(1, length, (ROWS, 1))
+    starts -= starts % document_alignment(config.model)
     ids = (np.arange(length)[None] >= starts).astype(np.int32)
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "document_ids": ids, "loss_mask": mask}
 
@@ -100,7 +110,7 @@ def first_gradients(
 
             return jax.grad(loss)(parameters)
 
-        batch = on_mesh(batch_of(0, config.data.context_length), ROWS)
+        batch = on_mesh(batch_of(0, config), ROWS)
         found = gradients(parameters, batch)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(found)}
 
@@ -172,7 +182,7 @@ def losses(
         found = []
         for count in range(start, start + steps):
             rate = jnp.float32(learning_rate(config.training, count))
-            state, metrics = step(state, on_mesh(batch_of(count, config.data.context_length), ROWS), rate)
+            state, metrics = step(state, on_mesh(batch_of(count, config), ROWS), rate)
             found.append(float(metrics["loss"]))
             if checkpoints and count + 1 == save:
                 checkpoints.save(save, state, metrics)
