@@ -32,10 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except (ValueError, OSError, FloatingPointError) as error:
         if not _speaks_to_the_user(error):
+            signals.end_soon(1)
             raise
         signals.give_way()
         print(f"mc-jax: error: {' '.join(_message(error).split())}", file=sys.stderr)
+        signals.end_soon(2)
         return 2
+    except Exception:
+        signals.end_soon(1)
+        raise
     signals.end_at_once("interrupted at its end")
     return 0 if signals.heard is None else signals.code
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A wrapper such as uv passes on what the terminal has sent to its child already.
 _SECONDS_OF_ONE_PRESS = 0.3
+_SECONDS_TO_END = 30.0  # after an error: the threads of a library that waits for a disk may never end
 _SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 _START_OF_LINE = b"\r\x1b[K"
 _STOPPING = "stopping at the next step, which is saved; Ctrl-C ends at once"
@@ -93,6 +94,13 @@ class StopSignals:
         with self._lock:
             self._is_finishing = False
             self.words = words
+
+    def end_soon(self, code: int) -> None:
+        """End with this code, even where a thread hangs that Python waits for at its end."""
+        if self._thread is not None:
+            end = threading.Timer(_SECONDS_TO_END, os._exit, (code,))
+            end.daemon = True
+            end.start()
 
     def give_way(self) -> None:
         """Wait for the end, if a signal is ending the program."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 
+from mc_jax import stop_signals
 from mc_jax.cli import main
 from mc_jax.stop_signals import StopSignals
 
@@ -129,6 +130,7 @@ def _run(
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     StopSignals().__enter__()  # whose output is there listens
+    stop_signals._SECONDS_TO_END = 5.0  # where TensorStore waits for a folder that was deleted
     opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(opened, 1)
     os.dup2(opened, 2)

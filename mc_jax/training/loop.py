@@ -53,7 +53,11 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
         opened(run_dir, config, overwrite=overwrite) as folder,
         jax.set_mesh(mesh),
         Checkpoints(
-            run_dir, every=settings.checkpoint_every, keep=settings.keep_checkpoints, seal=folder.seal
+            run_dir,
+            every=settings.checkpoint_every,
+            keep=settings.keep_checkpoints,
+            seal=folder.seal,
+            check=folder.check,
         ) as checkpoints,
     ):
         config, dataset = folder.config, folder.dataset

@@ -99,6 +99,7 @@ class Deletion(Disturbance):
     def _send(self) -> None:
         while os.path.exists(self.folder):  # a checkpoint may be being written
             shutil.rmtree(self.folder, ignore_errors=True)
+        super()._send()
 
 
 def test_a_disk_that_fills_up_ends_a_run_in_one_line_and_keeps_its_checkpoint(workplace, whole):
@@ -121,3 +122,10 @@ def test_a_folder_that_is_deleted_while_it_trains_ends_the_run_in_one_line(workp
     started = train(workplace, "gone")
     assert started.end() == 0, started.lines()
     assert outcome(workplace / "runs" / "gone")["state"] == whole["state"]
+
+
+def test_a_folder_that_is_deleted_under_a_save_that_never_ends_ends_the_run(workplace):
+    saving = "mc_jax.training.checkpoint.writing:Checkpoints._write_down"
+    started = train(workplace, "stuck", Deletion(saving, (), hangs=True, folder="runs/stuck"))
+    assert started.end(60) == 2, "a thread that waits for the disk keeps the process alive"
+    assert "runs/stuck was deleted or moved while it trained" in started.lines()[-1]

@@ -5,7 +5,8 @@ import contextlib
 import logging
 import os
 import re
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -27,6 +28,7 @@ from mc_jax.training.step import TrainState, all_finite
 
 # TensorStore raises a ValueError for what the system refuses.
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
+_SECONDS_BETWEEN_LOOKS = 5.0  # at the folder that a save is waited for
 
 
 class _Held(NamedTuple):
@@ -48,7 +50,15 @@ class Checkpoints:
     Nobody else may train in the folder.
     """
 
-    def __init__(self, run_dir: epath.Path, *, every: int = 1, keep: int | None = None, seal: Seal = None):
+    def __init__(
+        self,
+        run_dir: epath.Path,
+        *,
+        every: int = 1,
+        keep: int | None = None,
+        seal: Seal = None,
+        check: Callable[[], None] = lambda: None,
+    ):
         """Open the checkpoints of a run; nothing is made before `restore`, which comes first.
 
         Args:
@@ -56,10 +66,12 @@ class Checkpoints:
           every: steps between saves.
           keep: how many of the newest stay; None: all.
           seal: what the run is made of, to be kept beside each checkpoint.
+          check: raises an error once the folder is not ours any more. A save may never end then: where a
+            folder is deleted under its writes, TensorStore now and then waits for ever.
         """
         self._run_dir = run_dir
         self.folder = checkpoints_of(run_dir)
-        self._every, self._keep, self._seal = every, keep, seal
+        self._every, self._keep, self._seal, self._check = every, keep, seal, check
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: _Held | None = None
         self._held: collections.deque[_Held] = collections.deque()
@@ -85,8 +97,9 @@ class Checkpoints:
                     self._held.clear()
                 with contextlib.suppress(Exception):
                     self._count_held()
+                    self._wait_for(self._worker.submit(lambda: None))  # and for all that is written
         finally:
-            self._worker.shutdown()
+            self._worker.shutdown(wait=False)
             # Another process may still write its digest.
             if self._is_open and jax.process_count() == 1:
                 with contextlib.suppress(OSError):
@@ -146,7 +159,7 @@ class Checkpoints:
         while self._held and self._held[0].step < step:
             self._count(self._held.popleft())
         while self._counting and self._counting[0].done():
-            self._counting.popleft().result()
+            self._wait_for(self._counting.popleft())
 
     def diverged(self, what: str) -> FloatingPointError:
         """The error that tells what is not finite, and which step is good.
@@ -185,7 +198,7 @@ class Checkpoints:
         """Wait for the save in hand."""
         if self._writing is not None:
             held, self._writing = self._writing, None
-            if held.digest.result() is None:
+            if self._wait_for(held.digest) is None:
                 raise self.diverged(f"not all numbers of the state after step {held.step} are finite")
 
     def _count(self, held: _Held) -> None:
@@ -209,7 +222,13 @@ class Checkpoints:
         while self._held:
             self._count(self._held.popleft())
         while self._counting:
-            self._counting.popleft().result()
+            self._wait_for(self._counting.popleft())
+
+    def _wait_for[T](self, job: Future[T]) -> T:
+        """Wait for the worker, as long as the folder is ours."""
+        while not wait([job], _SECONDS_BETWEEN_LOOKS).done:
+            self._check()
+        return job.result()
 
     def _delete_older(self) -> None:
         if self._keep is not None and jax.process_index() == 0:
