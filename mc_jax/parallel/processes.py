@@ -22,7 +22,7 @@ from mc_jax.parallel.roll_call import RollCall
 
 _LONGEST_MESSAGE = 4096  # bytes
 _LONGEST_REASON = 500  # characters
-_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")  # how an error begins that is XLA's, whatever its type
+_STATUS = re.compile(r"\b[A-Z]{2,}(_[A-Z]+)*: ")  # in errors that are XLA's, whatever their type
 # All come to the end together, or within the time to fail together: who waits longer waits in vain.
 _SECONDS_TO_SHUT_DOWN = 20
 
@@ -88,12 +88,17 @@ def joined(
             yield
             roll_call.leave()
     except BaseException as error:
-        if not isinstance(error, (ValueError, OSError, FloatingPointError)) or _STATUS.match(str(error)):
-            # Most likely a collective that another process no longer takes part in.
+        if _may_be_of_another(error):
             roll_call.wait_for_bad_news()
         roll_call.fail(" ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON])
         raise
     jax.distributed.shutdown()
+
+
+def _may_be_of_another(error: BaseException) -> bool:
+    """Whether it may come out of a collective, or a barrier of Orbax's, that another process has left."""
+    is_ours = isinstance(error, (ValueError, OSError, FloatingPointError))
+    return not is_ours or isinstance(error, TimeoutError) or _STATUS.search(str(error)) is not None
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """Two processes that train together hear of a signal to either, and neither waits for one that is gone."""
 
+import os
+import random
+import time
 from signal import SIGINT, SIGKILL, SIGTERM
 
 import pytest
 from disturbed import STEPS, Disturbance, HoldsPython, make_workplace, outcome
-from training_process import start_two
+from training_process import start_two, wait_for_words
 
 pytestmark = pytest.mark.xdist_group("faults of two")  # one worker: they share a run
 
@@ -62,3 +65,18 @@ def test_ctrl_c_to_one_of_two_stops_both(workplace):
     codes, lines = end(workplace, "one", None, STEP.with_signals(SIGINT))
     assert codes == [130, 130], lines
     assert lines[0].startswith("stopped by Ctrl-C, step "), lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_whichever_is_killed_at_random_moments_the_other_names_it(workplace, victim):
+    moments = random.Random(victim)
+    for number in range(4):
+        name = f"random {victim} {number}"
+        started = start_two(workplace, "train", "tiny.py", "--name", name, output=name)
+        wait_for_words(started[0], "step ")
+        time.sleep(moments.uniform(0.0, 0.8))
+        os.kill(started[victim].pid, SIGKILL)
+        left = started[1 - victim]
+        assert left.end(60) == 1, left.lines()
+        assert f"process {victim} (" in left.lines()[-1], left.lines()
