@@ -6,8 +6,6 @@ from mc_jax.config import Config
 from mc_jax.training.checkpoint.digest import Digest, write_digest
 from mc_jax.training.run_folder import opened
 
-WORDS = "the sea was calm and the wind came from the west; she walked along the shore. "
-
 
 def with_training(config: Config, **values) -> Config:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **values))

@@ -14,28 +14,21 @@ import time
 from typing import Any
 
 import numpy as np
+import workplaces
 from training_process import Started, start
 
 from mc_jax import stop_signals
+from mc_jax.config import EvaluationConfig
 
 STEPS = 12
-RECIPE = '''
-"""A run of a second, for tests."""
-from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
-
-
-def config() -> Config:
-    return Config(
-        model=ModelConfig(
-            num_layers=1, model_dim=16, num_heads=2, mlp_dim=32, segment_length=16, chunk_length=8
-        ),
-        data=DataConfig(corpus={corpus!r}, tokenizer=None, context_length=32),
-        training=TrainingConfig(
-            steps={steps}, batch_size=2, learning_rate=1e-2, warmup_steps=2, checkpoint_every=2
-        ),
-        evaluation=EvaluationConfig(sample_tokens=2),
-    )
-'''
+RUN = workplaces.tiny_run(
+    context_length=32,
+    evaluation=EvaluationConfig(sample_tokens=2),
+    steps=STEPS,
+    batch_size=2,
+    warmup_steps=2,
+    checkpoint_every=2,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +79,7 @@ class Disturbance:
 
 def make_workplace(folder: pathlib.Path) -> pathlib.Path:
     """A folder with a recipe of a run that takes a second, and its corpus."""
-    from mc_jax.data.prepare import prepare
-
-    words = "the sea was calm and the wind came from the west; she walked along the shore. "
-    (folder / "text.txt").write_text(words * 20)
-    (folder / "held.txt").write_text(words)
-    prepare([folder / "text.txt"], folder / "corpus", held_out=[folder / "held.txt"], tokenizer="bytes")
-    (folder / "tiny.py").write_text(RECIPE.format(corpus=str(folder / "corpus"), steps=STEPS))
-    return folder
+    return workplaces.make_workplace(folder, RUN, words=20, held=1)
 
 
 class HoldsPython(Disturbance):
@@ -151,7 +137,7 @@ def outcome(run: pathlib.Path) -> dict[str, Any]:
 
 
 def _digest(run: pathlib.Path) -> str:
-    """Of the trained weights."""
+    """The SHA-256 of the trained weights."""
     import jax
 
     from mc_jax.training.run import load_run

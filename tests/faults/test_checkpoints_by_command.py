@@ -8,6 +8,7 @@ import time
 import pytest
 from etils import epath
 from training_process import start
+from workplaces import make_workplace, tiny_run
 
 from mc_jax._recipes import load_recipe
 from mc_jax.cli import main
@@ -15,36 +16,12 @@ from mc_jax.training.checkpoint import load_newest
 from mc_jax.training.run import new_state
 
 STEPS = 16
-RECIPE = '''
-"""A run of seconds, for tests."""
-from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
-
-
-def config() -> Config:
-    return Config(
-        model=ModelConfig(
-            num_layers=1, model_dim=16, num_heads=2, mlp_dim=32, segment_length=16, chunk_length=8
-        ),
-        data=DataConfig(corpus={corpus!r}, tokenizer=None, context_length=64),
-        training=TrainingConfig(
-            steps={steps}, batch_size=8, learning_rate=1e-2, warmup_steps=4, checkpoint_every=1
-        ),
-        evaluation=EvaluationConfig(sample_tokens=0),
-    )
-'''
+RUN = tiny_run(steps=STEPS, batch_size=8, warmup_steps=4, checkpoint_every=1)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    from mc_jax.data.prepare import prepare
-
-    folder = tmp_path_factory.mktemp("by command")
-    words = "the sea was calm and the wind came from the west; she walked along the shore. "
-    (folder / "text.txt").write_text(words * 150)
-    (folder / "held.txt").write_text(words * 4)
-    prepare([folder / "text.txt"], folder / "corpus", held_out=[folder / "held.txt"], tokenizer="bytes")
-    (folder / "tiny.py").write_text(RECIPE.format(corpus=str(folder / "corpus"), steps=STEPS))
-    return folder
+    return make_workplace(tmp_path_factory.mktemp("by command"), RUN)
 
 
 @pytest.fixture(scope="module")

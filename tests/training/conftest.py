@@ -2,7 +2,7 @@
 
 import pytest
 from etils import epath
-from run_folders import WORDS
+from workplaces import WORDS
 
 from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
 from mc_jax.data.prepare import prepare

@@ -11,44 +11,28 @@ import time
 
 import jax
 import pytest
+from workplaces import make_workplace, tiny_run
 
 from mc_jax._recipes import load_recipe
-from mc_jax.config import Config
+from mc_jax.config import Config, EvaluationConfig
 from mc_jax.parallel import make_mesh
 from mc_jax.training import loop
 
 pytestmark = pytest.mark.xdist_group("resume")  # one worker: they share a run
 
-RECIPE = '''
-"""A run of seconds, for tests."""
-from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
-
-
-def config() -> Config:
-    return Config(
-        model=ModelConfig(
-            num_layers=2, model_dim=16, num_heads=2, mlp_dim=32, segment_length=16, chunk_length=8
-        ),
-        data=DataConfig(corpus={corpus!r}, tokenizer=None, context_length=64),
-        training=TrainingConfig(
-            steps=40, batch_size=4, learning_rate=1e-2, warmup_steps=4, checkpoint_every=5
-        ),
-        evaluation=EvaluationConfig(every=6, tokens=200, sample_tokens=8),
-    )
-'''
+RUN = tiny_run(
+    num_layers=2,
+    evaluation=EvaluationConfig(every=6, tokens=200, sample_tokens=8),
+    steps=40,
+    batch_size=4,
+    warmup_steps=4,
+    checkpoint_every=5,
+)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    from mc_jax.data.prepare import prepare
-
-    folder = tmp_path_factory.mktemp("resume")
-    words = "the sea was calm and the wind came from the west; she walked along the shore. "
-    (folder / "text.txt").write_text(words * 150)
-    (folder / "held.txt").write_text(words * 10)
-    prepare([folder / "text.txt"], folder / "corpus", held_out=[folder / "held.txt"], tokenizer="bytes")
-    (folder / "tiny.py").write_text(RECIPE.format(corpus=str(folder / "corpus")))
-    return folder
+    return make_workplace(tmp_path_factory.mktemp("resume"), RUN, held=10)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import shutil
 
 import jax.numpy as jnp
 import pytest
-from run_folders import WORDS, open_once, train_to, with_training
+from run_folders import open_once, train_to, with_training
+from workplaces import WORDS
 
 from mc_jax import config as configs
 from mc_jax.cli import main
