@@ -10,6 +10,7 @@ import pytest
 from caching_arguments import AGGREGATIONS, CHUNK, MEMORIES, NAMES, SEGMENT, SLOW_BUT_ONE, arguments
 
 from mc_jax.caching import Routing, Settings, decode, forward, memory_caching
+from mc_jax.config import ModelConfig, document_alignment
 from mc_jax.memories import Coefficients
 
 LENGTH = 29
@@ -120,3 +121,18 @@ def test_documents_that_start_within_chunks_are_refused_and_nan_in_compiled_code
     expected = np.zeros((2, LENGTH), bool)
     expected[0, 10:16] = True
     np.testing.assert_array_equal(np.isnan(y).all((-2, -1)), expected)
+
+
+@pytest.mark.parametrize(("memory", "mlp"), MEMORIES, ids=NAMES)
+def test_training_pads_documents_for_every_memory_that_takes_none_within_a_chunk(memory, mlp):
+    found = arguments(memory, mlp, "none", length=LENGTH, dtype=jnp.float32)
+    ids = jnp.broadcast_to(jnp.arange(LENGTH) >= 10, (2, LENGTH)).astype(jnp.int32)
+    settings = {"memory": memory, "aggregation": "none", "segment_length": SEGMENT, "chunk_length": CHUNK}
+    try:
+        memory_caching(**found, document_ids=ids, **settings)
+        takes_any = True
+    except ValueError:
+        takes_any = False
+    model = ModelConfig(memory=memory, memory_depth=2 if mlp else 1, chunk_length=CHUNK)
+    alignment = document_alignment(model)
+    assert alignment == (1 if takes_any else CHUNK), "the rows of a training are made by document_alignment"
