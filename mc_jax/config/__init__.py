@@ -1,7 +1,7 @@
 """Every setting of a run, checked before anything is compiled."""
 
 from mc_jax.config.checks import validate
-from mc_jax.config.files import differences, from_dict, from_json, to_dict, to_json
+from mc_jax.config.files import differences, from_dict, from_json, to_dict, to_flat_dict, to_json
 from mc_jax.config.settings import (
     AggregationName,
     Config,
@@ -38,6 +38,7 @@ __all__ = [
     "from_dict",
     "from_json",
     "to_dict",
+    "to_flat_dict",
     "to_json",
     "validate",
 ]

@@ -60,14 +60,20 @@ def _must_be_known(path: str, name: str, known: Any) -> None:
         raise ConfigError(f"there is no setting {path}; {cure}")
 
 
+def to_flat_dict(config: Config) -> dict[str, Any]:
+    """Every field by its full name, {"model.num_layers": 12, ...}."""
+    return {
+        f"{section}.{name}": value
+        for section, content in to_dict(config).items()
+        for name, value in content.items()
+    }
+
+
 def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """Fields whose values differ: {"model.num_layers": (value in config, value in other)}."""
-    first, second = to_dict(config), to_dict(other)
+    second = to_flat_dict(other)
     return {
-        f"{section}.{name}": (value, second[section][name])
-        for section, content in first.items()
-        for name, value in content.items()
-        if value != second[section][name]
+        name: (value, second[name]) for name, value in to_flat_dict(config).items() if value != second[name]
     }
 
 

@@ -60,6 +60,10 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def bytes_of(self, ids: Iterable[int]) -> np.ndarray:
+        """The UTF-8 bytes that each of `ids` stands for, int64 [tokens]; 0 of a separator."""
+        ...
+
     def save(self, path: epath.PathLike) -> None:
         """Write one JSON file that `load_tokenizer` reads."""
         ...
@@ -106,6 +110,10 @@ class ByteTokenizer:
                 "decode with the tokenizer that the model was trained with"
             )
         return b"".join(self._token_bytes[token] for token in ids).decode(errors="replace")
+
+    def bytes_of(self, ids: Iterable[int]) -> np.ndarray:
+        """The UTF-8 bytes that each of `ids` stands for, int64 [tokens]; 0 of a separator."""
+        return np.array([len(self._token_bytes[token]) for token in ids], np.int64)
 
     def save(self, path: epath.PathLike) -> None:
         """Write one JSON file that `load_tokenizer` reads."""

@@ -43,6 +43,34 @@ def evaluation_windows(
     return _batches(wanted, empty_example(store, context_length), batch_size)
 
 
+def spread_sequences(store: TokenStore, *, length: int, count: int) -> list[np.ndarray]:
+    """A few sequences of `length` tokens, each of one document, spread evenly over the text.
+
+    Where there are fewer that long, the longest ends of documents make up the number; a store may have fewer.
+
+    Args:
+      store: the documents.
+      length: tokens of a sequence; a document's first one begins with the separator.
+      count: how many are wanted.
+
+    Returns:
+      At most `count` arrays, int32 [at most length], always the same ones.
+    """
+    pairs = np.diff(store.offsets) + 1
+    full = pairs // length
+    before = np.cumsum(full) - full
+    total = int(full.sum())
+    chosen = np.arange(min(count, total)) * total // max(min(count, total), 1)
+    documents = np.searchsorted(before + full, chosen, side="right")
+    places = list(zip(documents, (chosen - before[documents]) * length, strict=True))
+    ends = np.argsort(-(pairs % length), kind="stable")[: count - len(places)]
+    places += [(document, full[document] * length) for document in ends if pairs[document] % length]
+    return [
+        store.sequence(int(document), int(start), int(min(start + length, pairs[document])))
+        for document, start in places
+    ]
+
+
 def _batches(wanted: Iterator[Example], padding: Example, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     for windows in itertools.batched(wanted, batch_size):
         filled = [*windows, *[padding] * (batch_size - len(windows))]

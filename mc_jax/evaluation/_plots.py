@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 _MOST_POINTS = 2000
-_ROUND = (1, 2, 2.5, 5, 10)
+ROUND = (1, 2, 2.5, 5, 10)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Theme:
     held_out: str
     low: str
     high: str
+    runs: tuple[str, ...]
 
 
 LIGHT = Theme(
@@ -44,6 +45,7 @@ LIGHT = Theme(
     held_out="#b4540a",
     low="#e9f0fa",
     high="#0a2f66",
+    runs=("#1f66c1", "#b4540a", "#1a7f4b", "#8a3fb0", "#b3273f", "#0f7d8c", "#8a6d00", "#5b616b"),
 )
 DARK = Theme(
     ink="#e8e9eb",
@@ -54,6 +56,7 @@ DARK = Theme(
     held_out="#f09a52",
     low="#1e2836",
     high="#cfe4ff",
+    runs=("#6aaaf5", "#f09a52", "#5cc98d", "#c88bea", "#f27d90", "#4fc3d4", "#d9b93b", "#a7adb8"),
 )
 
 
@@ -75,14 +78,14 @@ def loss_curve(
       measured: Steps and held-out losses while training, two arrays of one length, 0 where there are none.
       theme: Colours.
     """
-    with matplotlib.rc_context(_style(theme)):
+    with matplotlib.rc_context(style(theme)):
         figure = Figure(figsize=(9.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis="y")
-        axes.plot(*_thin(steps, loss), color=theme.faint, linewidth=0.8, label="each step")
+        axes.plot(*thin(steps, loss), color=theme.faint, linewidth=0.8, label="each step")
         window = min(len(loss), max(5, len(loss) // 50))
         axes.plot(
-            *_thin(steps, running_mean(loss, window)),
+            *thin(steps, running_mean(loss, window)),
             color=theme.line,
             linewidth=2,
             label=f"mean of {window} steps",
@@ -95,10 +98,10 @@ def loss_curve(
             axes.axhline(held_out, color=theme.held_out, linewidth=1.4, linestyle=(0, (5, 3)), label=label)
         # A logarithm, so that the long tail of a run is more than a flat line at the bottom.
         axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss, nats per token")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=_ROUND))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.margins(x=0.01)
         right = axes.secondary_yaxis(
@@ -109,10 +112,10 @@ def loss_curve(
             ),
         )
         right.set_ylabel("bits per byte")
-        _plain_ticks(right.yaxis)
+        plain_ticks(right.yaxis)
         right.spines["right"].set_visible(False)
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderaxespad=0.2)
-        return _svg(figure)
+        return svg(figure)
 
 
 def router_reads(gates: np.ndarray, numbers: Sequence[int], segment_length: int, theme: Theme) -> str:
@@ -143,7 +146,7 @@ def router_reads(gates: np.ndarray, numbers: Sequence[int], segment_length: int,
     stride = next(stride for stride in (1, 2, 5, 10, 20, 50, 100, cached) if cached <= 6 * stride)
     numbered = sorted({1, *range(stride, cached + 1, stride)})
     space = ConstrainedLayoutEngine(wspace=0.04, hspace=0.05)
-    with matplotlib.rc_context(_style(theme)):
+    with matplotlib.rc_context(style(theme)):
         figure = Figure(figsize=(9.2, 1.0 + lines * (2.6 if columns == 1 else 1.9)), layout=space)
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for unused in grid.flat[layers:]:
@@ -157,7 +160,7 @@ def router_reads(gates: np.ndarray, numbers: Sequence[int], segment_length: int,
             for boundary in range(segment_length, tokens, segment_length):
                 axes.axvline(boundary, color=theme.grid, linewidth=0.6)
             axes.set_yticks([*numbered, (bottom + top) / 2], [*map(str, numbered), "online"])
-            axes.xaxis.set_major_locator(MaxNLocator(6 if columns < 3 else 4, integer=True, steps=_ROUND))
+            axes.xaxis.set_major_locator(MaxNLocator(6 if columns < 3 else 4, integer=True, steps=ROUND))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axes.tick_params(length=0, labelbottom=layer + columns >= layers)
         figure.supxlabel("token position", fontsize=10, color=theme.muted)
@@ -168,7 +171,7 @@ def router_reads(gates: np.ndarray, numbers: Sequence[int], segment_length: int,
         bar.set_label("share of the reading")
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
-        return _svg(figure)
+        return svg(figure)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -177,25 +180,26 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most _MOST_POINTS points of a long curve that keep its peaks: the extremes of each stretch."""
-    if len(values) <= _MOST_POINTS:
+def thin(steps: np.ndarray, values: np.ndarray, most: int = _MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` points of a long curve that keep its peaks: the extremes of each stretch."""
+    if len(values) <= most:
         return steps, values
-    stretches = np.array_split(np.arange(len(values)), _MOST_POINTS // 2)
+    stretches = np.array_split(np.arange(len(values)), most // 2)
     kept = [sorted({s[np.argmin(values[s])], s[np.argmax(values[s])]}) for s in stretches]
     indices = np.concatenate(kept)
     return steps[indices], values[indices]
 
 
-def _plain_ticks(axis: Axis) -> None:
+def plain_ticks(axis: Axis) -> None:
     """Round plain numbers on a logarithmic axis, also where it spans less than a decade."""
-    axis.set_major_locator(MaxNLocator(9, steps=_ROUND))
+    axis.set_major_locator(MaxNLocator(9, steps=ROUND))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_tick_params(length=0)
 
 
-def _style(theme: Theme) -> dict[str, object]:
+def style(theme: Theme) -> dict[str, object]:
+    """What matplotlib's `rc_context` takes, for a picture in a page."""
     return {
         "svg.fonttype": "none",  # text stays text, in the reader's own font
         "svg.hashsalt": "report",  # the same picture is the same file
@@ -224,7 +228,8 @@ def _style(theme: Theme) -> dict[str, object]:
     }
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as SVG text, always the same for the same figure."""
     text = io.StringIO()
     figure.savefig(
         text,

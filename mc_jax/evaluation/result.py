@@ -17,6 +17,7 @@ from etils import epath
 import mc_jax
 from mc_jax.data.files import write_json
 from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER
+from mc_jax.training.router_shares import RouterShares
 from mc_jax.training.run import CONFIG_FILE, Run
 from mc_jax.training.seal import make_seal
 
@@ -26,7 +27,11 @@ _SECONDS_FOR_GIT = 10
 
 
 def write_result(
-    run: Run, held_out: dict[str, float] | None, metrics: list[dict[str, Any]], parameters: int
+    run: Run,
+    held_out: dict[str, float] | None,
+    metrics: list[dict[str, Any]],
+    parameters: int,
+    router: RouterShares | None,
 ) -> epath.Path:
     """Write `result.json` into a run's folder, whole or not at all.
 
@@ -35,6 +40,7 @@ def write_result(
       held_out: as `evaluate_held_out` measured it; None: not measured.
       metrics: one dict a step, as `read_metrics` gives them.
       parameters: how many the model has.
+      router: what its routers read of held-out text; None: there is nothing of that kind.
 
     Returns:
       Where it is.
@@ -47,6 +53,7 @@ def write_result(
         "step": run.step,
         "parameters": parameters,
         "held_out": held_out,
+        "router": None if router is None else router.to_json(),
         "training": {name: last[name] for name in ("tokens", "loss", "bits_per_byte", "seconds") if last},
         "hashes": {
             "config": _hash([run.folder / CONFIG_FILE]),

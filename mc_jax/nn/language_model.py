@@ -91,13 +91,29 @@ class LanguageModel(nnx.Module):
         None where there is no such layer, or the aggregation is "none".
         """
         segments = -(-tokens.shape[1] // self.config.segment_length)
+        return self.map_gates(
+            tokens, lambda gates: gates.dense(segments) if isinstance(gates, Selection) else gates
+        )
 
-        def read(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, Gates | None]:
+    def map_gates[T](self, tokens: jax.Array, function: Callable[[Gates | Selection], T]) -> T | None:
+        """What a function makes of each layer's gates, stacked along a leading axis of layers with a memory.
+
+        The gates of one layer at a time are held. Documents are not told apart: a row is one, from its start.
+
+        Args:
+          tokens: [B, T], int32.
+          function: from a layer's gates, as its mixer has them, to a pytree of arrays.
+
+        Returns:
+          The function's pytree, each leaf with the leading axis; None where `read_gates` is.
+        """
+
+        def read(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, T | None]:
             x, gates = block(x, None, None)
-            return x, gates.dense(segments) if isinstance(gates, Selection) else gates
+            return constrain(x, "batch", "tokens"), None if gates is None else function(gates)
 
-        _, kept = self._scan(read, self._embed(tokens))
-        kept = [gates for gates in kept if gates is not None]
+        _, kept = self._scan(read, constrain(self._embed(tokens), "batch", "tokens"))
+        kept = [made for made in kept if made is not None]
         if not kept:
             return None
         # One after another as the layers are: [repetitions, places, ...] -> [layers, ...].

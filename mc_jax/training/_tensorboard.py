@@ -9,9 +9,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
 from mc_jax.data.files import named
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
+_SUFFIX_OF_HPARAMS = ".hparams"
 
 
 class EventFile:
@@ -57,3 +60,35 @@ class EventFile:
     def _write(self, **content: Any) -> None:
         with named(self._writer._file_name):
             self._writer.write_event(self._events["Event"](wall_time=time.time(), **content))
+
+
+def write_hparams(folder: str, settings: Mapping[str, Any], results: Mapping[str, float], step: int) -> None:
+    """Write a run's settings and final results for TensorBoard's table of runs, in place of earlier ones.
+
+    Args:
+      folder: of all event files of the run; made where it is missing.
+      settings: by name; what is no number, text or truth value is written as text.
+      results: finite numbers by name, scalars of their own.
+      step: at which they were measured.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2, summary_pb2
+    from tensorboardX.record_writer import directory_check
+    from tensorboardX.summary import hparams
+
+    events, summaries = vars(event_pb2), vars(summary_pb2)
+    directory_check(folder)
+    earlier = [path for path in epath.Path(folder).iterdir() if path.name.endswith(_SUFFIX_OF_HPARAMS)]
+    plain = {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in settings.items()
+    }
+    scalars = [summaries["Summary"].Value(tag=name, simple_value=value) for name, value in results.items()]
+    writer = EventsWriter(os.path.join(folder, "events"), _SUFFIX_OF_HPARAMS)
+    with named(writer._file_name):
+        for summary in (*hparams(plain, dict(results)), summaries["Summary"](value=scalars)):
+            writer.write_event(events["Event"](wall_time=time.time(), step=step, summary=summary))
+        writer.close()
+    for path in earlier:
+        if str(path) != writer._file_name:
+            path.unlink()

@@ -17,6 +17,7 @@ from mc_jax.data.windows import evaluation_windows
 from mc_jax.parallel import has_mesh, local_rows, on_mesh
 from mc_jax.parallel.compiler import compiler_options
 from mc_jax.parallel.rules import size_of
+from mc_jax.training.router_shares import RouterOnText, has_router
 from mc_jax.training.step import Parameters, merge_model, token_losses
 
 
@@ -83,28 +84,36 @@ class HeldOut:
 class WhileTraining:
     """The held-out results of a training, every so many of its steps, as its config says.
 
-    They are on a part of the text, if the config says so, and the same part each time. Sparse reads have the
-    config's top_k, though it be annealed in training.
+    They are on a part of the text, if the config says so, and the same part each time; beside them is what
+    the routers read, of a model that has some. Sparse reads have the config's top_k, though it be annealed in
+    training.
     """
 
     def __init__(self, config: Config, graph: nnx.GraphDef, dataset: Dataset):
         self._every, self._steps = config.evaluation.every, config.training.steps
-        self._held_out = None
+        self._held_out = self._router = None
         if self._every is None:
             return
         assert dataset.held_out is not None, "run_folder has looked"
         windows = windows_of(config)
         self._held_out = HeldOut(graph, dataset.held_out, tokens=config.evaluation.tokens, **windows)
+        if has_router(config.model):
+            self._router = RouterOnText(graph, config, dataset.held_out)
 
     def is_due(self, step: int) -> bool:
         """Whether a result follows this step: every n-th, and the last."""
         return self._every is not None and (step % self._every == 0 or step == self._steps)
 
     def measure(self, parameters: Parameters) -> dict[str, float]:
-        """What the metrics say of it: held_out_loss (nats per token) and held_out_bits_per_byte."""
+        """What the metrics say of it: held_out_loss (nats per token), held_out_bits_per_byte, router_*."""
         assert self._held_out is not None
         loss = self._held_out.loss(parameters)
-        return {"held_out_loss": loss, "held_out_bits_per_byte": self._held_out.bits_per_byte(loss)}
+        shares = None if self._router is None else self._router.measure(parameters)
+        return {
+            "held_out_loss": loss,
+            "held_out_bits_per_byte": self._held_out.bits_per_byte(loss),
+            **({} if shares is None else shares.metrics()),
+        }
 
 
 def windows_of(config: Config) -> dict[str, int]:

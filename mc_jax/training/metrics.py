@@ -2,7 +2,8 @@
 
 A step's number counts the optimizer steps that are done, so the first line is step 1 and a checkpoint of
 step k goes on with step k + 1. The framework's fields: step, tokens (seen so far), loss (nats per token),
-bits_per_byte, learning_rate, grad_norm, tokens_per_second, seconds (since the run began).
+bits_per_byte, learning_rate, grad_norm, tokens_per_second, seconds (since the run began); where held-out text
+is measured, held_out_loss, held_out_bits_per_byte and, of a model with a router, router_* (docs/compare.md).
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from etils import epath
 
 from mc_jax.data.files import make_folder, write_text
 from mc_jax.training._buckets import GrowingFile
-from mc_jax.training._tensorboard import EventFile
+from mc_jax.training._tensorboard import EventFile, write_hparams
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -81,6 +82,21 @@ class MetricsLog:
         if step % self._checkpoint_every == 0:
             self._file.sync()
         self._tensorboard.write(step, {name: value for name, value in values.items() if name != "step"})
+
+
+def record_hparams(
+    run_dir: epath.PathLike, settings: dict[str, Any], results: dict[str, float], step: int
+) -> None:
+    """Tell TensorBoard's table of runs (HPARAMS) a run's settings and how it ended, in place of what it knew.
+
+    Args:
+      run_dir: The run's folder.
+      settings: By name.
+      results: Numbers by name; one that is not finite is left out.
+      step: At which they were measured.
+    """
+    finite = {f"final/{name}": value for name, value in results.items() if math.isfinite(value)}
+    write_hparams(str(epath.Path(run_dir) / TENSORBOARD_FOLDER), settings, finite, step)
 
 
 def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:

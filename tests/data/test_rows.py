@@ -11,7 +11,7 @@ from mc_jax.data.documents import TokenizedDocument
 from mc_jax.data.rows import Rows
 from mc_jax.data.store import memory_store
 from mc_jax.data.tokenizer import ByteTokenizer
-from mc_jax.data.windows import evaluation_windows
+from mc_jax.data.windows import evaluation_windows, spread_sequences
 
 SEPARATOR = 256
 
@@ -150,3 +150,19 @@ def test_windows_score_every_pair_once_with_enough_context(lengths, sizes, batch
 def test_a_stride_that_skips_pairs_is_refused(stride):
     with pytest.raises(ValueError, match="stride"):
         evaluation_windows(store_of([3]), context_length=8, stride=stride, batch_size=1)
+
+
+@hypothesis.given(lengths=LENGTHS, length=st.integers(1, 30), count=st.integers(1, 6))
+def test_spread_sequences_are_full_ones_evenly_apart_or_else_the_longest_ends(lengths, length, count):
+    store = store_of(lengths)
+    cut = [
+        list(itertools.batched([SEPARATOR, *store.document(i).tolist()], length)) for i in range(len(store))
+    ]
+    full = [one for document in cut for one in document if len(one) == length]
+    ends = [document[-1] for document in cut if len(document[-1]) < length]
+    found = [tuple(row.tolist()) for row in spread_sequences(store, length=length, count=count)]
+    if len(full) >= count:
+        assert found == [full[place * len(full) // count] for place in range(count)]
+    else:
+        longest = sorted(ends, key=len, reverse=True)
+        assert found == full + longest[: count - len(full)]

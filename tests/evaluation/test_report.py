@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mc_jax.evaluation.report import RouterPicture, write_report
+from mc_jax.training.router_shares import Reading, RouterShares
 from mc_jax.training.stages import Change
 
 LAYERS, TOKENS, SEGMENT_LENGTH, SEGMENTS = 3, 40, 8, 5
@@ -24,7 +25,27 @@ def _router():
     gates[:, :, :-1] *= segment_of_token[:, None] > np.arange(SEGMENTS)[None, :]
     gates /= gates.sum(axis=-1, keepdims=True)
     return RouterPicture(
-        gates=gates, layers=[1, 3, 4], segment_length=SEGMENT_LENGTH, text="a <text> that was read"
+        gates=gates,
+        layers=[1, 3, 4],
+        segment_length=SEGMENT_LENGTH,
+        text="a <text> that was read",
+        shares=_shares(),
+    )
+
+
+def _shares():
+    """Of three layers with two heads."""
+    cached = np.array([[0.25, 0.75], [0.1, 0.3], [0.6, 0.6]])
+    return RouterShares(
+        layers=(1, 3, 4),
+        segment_length=SEGMENT_LENGTH,
+        tokens=1234,
+        distances=((1, 1), (2, 2), (3, 4)),
+        reading=Reading(
+            cached, 2 * cached, cached / 2, cached[..., None] * np.array([0.5, 0.3, 0.2])[None, None]
+        ),
+        even_cached=0.7,
+        even_by_distance=(0.4, 0.2, 0.1),
     )
 
 
@@ -170,18 +191,13 @@ def test_the_heat_maps_name_layers_and_memories(page):
     )
 
 
-def test_mean_shares_of_the_reading_add_up(page):
-    shares = re.findall(r"(\d)(\d+\.\d)%(\d+\.\d)%(\d+\.\d)%", page.text.replace("\n", ""))
-    rows = [[float(share) for share in row[1:]] for row in shares]
-    assert len(rows) == LAYERS
-    for row in rows:
-        assert sum(row) == pytest.approx(100.0, abs=0.15)
-    # Measured here token by token, the report does it with indices.
-    gates = _router().gates[0]
-    readers = range(SEGMENT_LENGTH, TOKENS)
-    latest = np.mean([gates[t, t // SEGMENT_LENGTH - 1] for t in readers])
-    assert rows[0][0] == pytest.approx(100 * gates[SEGMENT_LENGTH:, -1].mean(), abs=0.06)
-    assert rows[0][1] == pytest.approx(100 * latest, abs=0.06)
+def test_what_layers_read_on_average_is_a_row_each_and_the_last_is_of_equal_weights(page):
+    text = page.text.replace("\n", "")
+    assert "mean over 1,234 tokens" in text
+    assert "layercached memories123 to 4entropy, natsof equalheads" in text
+    assert "150.0%25.0%15.0%10.0%1.0025%25% to 75%" in text
+    assert "320.0%10.0%6.0%4.0%0.4010%10% to 30%" in text
+    assert "all alike70.0%40.0%20.0%10.0%100%" in text
 
 
 def test_without_router_held_out_text_or_settings_the_report_says_so(tmp_path):
@@ -196,7 +212,9 @@ def test_without_router_held_out_text_or_settings_the_report_says_so(tmp_path):
 
 def test_a_text_of_one_segment_has_nothing_to_read(tmp_path):
     gates = np.ones((LAYERS, SEGMENT_LENGTH, 2), np.float32) * np.array([0.0, 1.0], np.float32)[None, None, :]
-    router = RouterPicture(gates=gates, layers=[1, 2, 3], segment_length=SEGMENT_LENGTH, text="short")
+    router = RouterPicture(
+        gates=gates, layers=[1, 2, 3], segment_length=SEGMENT_LENGTH, text="short", shares=None
+    )
     page = _Page(_write(tmp_path / "run", router=router, metrics=[]).read_text())
     assert "fits in one segment" in page.text
     assert page.named("img") == []
@@ -224,7 +242,7 @@ def test_long_runs_keep_their_peaks_and_a_small_picture():
 
     steps, loss = np.arange(1, 50_001), np.full(50_000, 2.0)
     loss[12_345] = 9.0
-    shown_steps, shown = _plots._thin(steps, loss)
+    shown_steps, shown = _plots.thin(steps, loss)
     assert len(shown) <= 2000
     assert shown_steps[np.argmax(shown)] == 12_346
     assert np.all(np.diff(shown_steps) > 0)

@@ -113,7 +113,23 @@ def test_a_model_trains_to_its_report(name, corpus, tmp_path):
     kinds = config.model.layer_pattern
     routed = "memory" in kinds and config.model.aggregation in ("gated", "soup", "sparse")
     assert ("One heat map a layer" in page) == routed
+    must_tell_what_the_router_reads(tmp_path / "run", page, routed)
     assert ("no layers with a memory" in page) == ("memory" not in kinds)
+
+
+def must_tell_what_the_router_reads(run, page: str, routed: bool) -> None:
+    """In each line of metrics with a held-out loss, and at the end the same in the result and the report."""
+    lines = read_metrics(run)
+    router = json.loads((run / "result.json").read_text())["router"]
+    assert ("mean over" in page) == (router is not None) == routed
+    for line in lines:
+        names = {name for name in line if name.startswith("router_")}
+        assert ({"router_cached_share", "router_entropy", "router_entropy_layer_1"} <= names) == routed
+        assert routed or not names, "a model without a router has nothing to tell"
+    if routed:
+        share = router["layers"][0]["cached_share"]
+        assert share == pytest.approx(lines[-1]["router_cached_share_layer_1"], rel=1e-5)
+        assert 0 < share < 1
 
 
 def test_a_model_without_memory_layers_is_measured_and_goes_on_with_a_text(corpus, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mc_jax.training._tensorboard import EventFile
-from mc_jax.training.metrics import MetricsLog, read_metrics
+from mc_jax.training.metrics import MetricsLog, read_metrics, record_hparams
 
 
 def _step(step, loss=2.0):
@@ -151,6 +151,32 @@ def test_tensorboard_is_told_to_drop_what_the_resumed_run_repeats(tmp_path):
     tags = {value.tag: value.simple_value for event in events for value in event.summary.value}
     assert tags["training/loss"] == 2.0
     assert "training/step" not in tags
+
+
+def test_settings_and_results_are_told_to_tensorboard_once(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    with MetricsLog(tmp_path, start_step=0) as log:
+        log.write(_step(1))
+    settings = {"model.memory": "delta", "model.top_k": None, "model.layer_pattern": ("memory",), "data.n": 3}
+    record_hparams(tmp_path, settings, {"bits": 9.0}, 5)
+    (tmp_path / "tensorboard" / "events.of an older one.hparams").write_bytes(b"")
+    record_hparams(tmp_path, settings, {"bits": 1.75, "perplexity": math.inf}, 7)
+    files = list((tmp_path / "tensorboard").iterdir())
+    assert sorted(path.suffix for path in files) == [".from0", ".hparams"], "an earlier result is in the way"
+    (file,) = (path for path in files if path.suffix == ".hparams")
+    events = [Event.FromString(record) for record in _records(file.read_bytes())]
+    values = {value.tag: value for event in events for value in event.summary.value}
+    assert values["final/bits"].simple_value == 1.75
+    assert "final/perplexity" not in values, "an infinite number is none"
+    assert not any(event.HasField("session_log") for event in events), "this would hide later steps"
+    content = values["_hparams_/session_start_info"].metadata.plugin_data.content
+    told = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["model.memory"].string_value == "delta"
+    assert told["model.top_k"].string_value == "None"
+    assert told["model.layer_pattern"].string_value == "('memory',)"
+    assert told["data.n"].number_value == 3
 
 
 def _records(data):
