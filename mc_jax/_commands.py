@@ -11,6 +11,7 @@ import tyro
 
 from mc_jax._arguments import UsageError, must_be_run, parse
 from mc_jax._checkpoints_command import checkpoints
+from mc_jax._compare_command import compare
 from mc_jax._plan_command import plan
 from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
 from mc_jax.config import Config, validate
@@ -284,6 +285,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "compare": compare,
     "checkpoints": checkpoints,
     "selftest": selftest,
 }

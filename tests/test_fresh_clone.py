@@ -37,6 +37,8 @@ APPENDED: dict[str, list[str] | None] = {
     "mc-jax generate": ["--tokens", "4"],
     "mc-jax generate gs:": ["--help"],
     "mc-jax prepare": ["--vocab-size", "270"],
+    "mc-jax compare": ["--help"],
+    "mc-jax compare runs/quickstart runs/mine": [],
     "mc-jax plan": ["--help"],
     "mc-jax checkpoints": ["--help"],
     "mc-jax selftest": ["--help"],

@@ -51,11 +51,8 @@ def layer_of(module: str) -> str | None:
         return top
     if top != "mc_jax" or not rest:
         return None
-    return (
-        "cli"
-        if rest[0] in ("cli", "_commands", "_plan_command", "_checkpoints_command", "_arguments", "_recipes")
-        else rest[0]
-    )
+    is_cli = rest[0] in ("cli", "_commands", "_arguments", "_recipes") or rest[0].endswith("_command")
+    return "cli" if is_cli else rest[0]
 
 
 def imported_modules(file: pathlib.Path) -> Iterator[tuple[str, int]]:
