@@ -14,6 +14,7 @@ from mc_jax._checkpoints_command import checkpoints
 from mc_jax._compare_command import compare
 from mc_jax._plan_command import plan
 from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
+from mc_jax._task_command import tasks
 from mc_jax.config import Config, validate
 from mc_jax.stop_signals import current
 
@@ -284,6 +285,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": plan,
     "train": train,
     "eval": evaluate,
+    "tasks": tasks,
     "generate": generate,
     "compare": compare,
     "checkpoints": checkpoints,

@@ -46,7 +46,6 @@ def write_result(
       Where it is.
     """
     last = metrics[-1] if metrics else {}
-    checkpoint = run.folder / CHECKPOINTS_FOLDER / str(run.step)
     seal = make_seal(run.config, run.dataset)
     values = {
         "run": run.folder.name,
@@ -57,7 +56,7 @@ def write_result(
         "training": {name: last[name] for name in ("tokens", "loss", "bits_per_byte", "seconds") if last},
         "hashes": {
             "config": _hash([run.folder / CONFIG_FILE]),
-            "checkpoint": _hash(sorted(checkpoint.glob("digest.*.json"))),
+            "checkpoint": checkpoint_hash(run),
             "tokenizer": seal["tokenizer"],
             "training_text": seal["training text"],
             "held_out_text": seal["held-out text"],
@@ -79,11 +78,14 @@ def write_result(
     return path
 
 
-def _hash(files: Sequence[epath.Path]) -> str | None:
-    """SHA-256 of files, one after another; of a checkpoint's digests it is one of all its weights.
+def checkpoint_hash(run: Run) -> str | None:
+    """SHA-256 of the digests of a run's checkpoint, and so of all its weights; None: an old one has none."""
+    checkpoint = run.folder / CHECKPOINTS_FOLDER / str(run.step)
+    return _hash(sorted(checkpoint.glob("digest.*.json")))
 
-    None where there are none: an old checkpoint has no digests.
-    """
+
+def _hash(files: Sequence[epath.Path]) -> str | None:
+    """SHA-256 of files, one after another; None where there are none."""
     if not files:
         return None
     digest = hashlib.sha256()

@@ -1,0 +1,132 @@
+"""Tasks from the command line to files: what is asked of a run, what is told, what is refused."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+from run_folders import WORDS
+
+from mc_jax.cli import main
+from mc_jax.config import Config, DataConfig, ModelConfig, to_json
+from mc_jax.data.dataset import Dataset
+from mc_jax.data.documents import Document, tokenize
+from mc_jax.data.store import memory_store
+from mc_jax.data.tokenizer import train_bpe
+from mc_jax.evaluation.tasks import runner
+from mc_jax.evaluation.tasks.runner import TaskSettings, run_task, write_results
+from mc_jax.nn import LanguageModel
+from mc_jax.training import run as runs
+from mc_jax.training.run import Run
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """A run as it is read back, whose model knows nothing; its checkpoint is a digest alone."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    config = Config(
+        model=ModelConfig(
+            num_layers=1, model_dim=16, num_heads=2, mlp_dim=16, segment_length=16, chunk_length=8
+        ),
+        data=DataConfig(corpus="words", tokenizer=None, context_length=400),
+    )
+    digest = folder / "checkpoints" / "7" / "digest.0.json"
+    digest.parent.mkdir(parents=True)
+    digest.write_text("{}")
+    (folder / "config.json").write_text(to_json(config))
+    tokenizer = train_bpe([WORDS * 40], 290)
+    store = memory_store(tokenize([Document("words", WORDS)], tokenizer), tokenizer)
+    dataset = Dataset(tokenizer=tokenizer, train=store, held_out=None)
+    model = LanguageModel(config.model, tokenizer.vocab_size, rngs=nnx.Rngs(params=0))
+    return Run(epath.Path(folder), config, dataset, model, 7)
+
+
+@pytest.fixture
+def run(loaded, monkeypatch):
+    """The folder of that run."""
+    monkeypatch.setattr(runs, "load_run", lambda _: loaded)
+    return loaded.folder
+
+
+def test_the_command_writes_results_and_every_sample_whole(run, tmp_path, capsys):
+    words = "--tasks mqar passkey --length 395 400 --samples 3 --alternatives 2 --batch-size 2 --seed 4"
+    output = tmp_path / "recall"
+    assert main(["tasks", str(run), *words.split(), "--output", str(output)]) == 0
+    told = capsys.readouterr()
+    assert "passkey: 3 samples of 400 tokens are done" in told.err
+    assert str(output / "samples.jsonl") in told.out
+    lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    kinds = [(line["task"], line["length"], line["index"]) for line in lines]
+    lengths = (395, 400)
+    assert kinds == [
+        (task, length, i) for task in ("mqar", "passkey") for length in lengths for i in range(3)
+    ]
+    assert all(line["tokens"] <= line["length"] for line in lines)
+    last = lines[-1]
+    assert last["prompt_sha256"] == hashlib.sha256(last["prompt"].encode()).hexdigest()
+    assert {"exact", "ranked first", "greedy", "log-likelihood"} == last["scores"].keys()
+    assert 1 <= last["rank"] <= 3
+    assert isinstance(last["generated"], str)
+
+    results = json.loads((output / "results.json").read_text())
+    assert results["step"] == 7
+    assert len(results["hashes"]["checkpoint"]) == len(results["hashes"]["tokenizer"]) == 64
+    mqar, passkey = results["tasks"]
+    assert mqar["sources"] == {"tokens": ["289 symbols of the run's vocabulary"]}
+    whole = [cell for cell in passkey["cells"] if cell["depth"] is None]
+    assert [cell["length"] for cell in whole] == list(lengths)
+    values = [line["scores"]["log-likelihood"] for line in lines[-3:]]
+    mean = whole[-1]["means"]["log-likelihood"]
+    np.testing.assert_allclose(mean["value"], np.mean(values))
+    np.testing.assert_allclose(mean["stderr"], np.std(values, ddof=1) / math.sqrt(3))
+    by_depth = {cell["depth"]: cell["samples"] for cell in passkey["cells"] if cell["length"] == 400}
+    assert by_depth == {None: 3, 0.0: 1, 0.1: 1, 0.2: 1}
+
+
+def test_the_same_is_asked_again_and_json_is_one_line(run, capsys):
+    words = ["tasks", str(run), "--tasks", "mqar", "--samples", "2", "--batch-size", "2", "--json"]
+    printed = []
+    for _ in range(2):
+        assert main(words) == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0]["tasks"] == printed[1]["tasks"]
+
+
+def test_a_failure_while_writing_leaves_nothing_half_written(loaded, tmp_path, monkeypatch):
+    settings = TaskSettings(task="mqar", lengths=(400,), samples=1, batch_size=2)
+    results = [run_task(loaded, settings)]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runner, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_results(loaded, results, tmp_path / "recall")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--tasks passky", "there is no task 'passky'; known are mqar, passkey, s-niah-1"),
+        ("--tasks", "--tasks"),
+        ("--tasks mqar mqar", "--tasks are mqar mqar; name one or more, each once, or all"),
+        ("--tasks mqar --samples 0", "samples is 0; set it to 1 or more"),
+        ("--tasks mqar --alternatives -1", "alternatives is -1; set it to 0 or more"),
+        ("--tasks mqar --length 64 64", "give one or more, each once"),
+        ("--tasks mqar --documents x.jsonl", "documents have no effect on the task mqar"),
+        ("--tasks key-value --documents x.jsonl", "there is no file x.jsonl"),
+        ("--tasks s-niah-1 --length 64", "a length of 64 tokens is too short"),
+        ("--tasks mqar --output .", ". is there already; give --output another folder"),
+    ],
+)
+def test_mistakes_end_with_one_line(run, capsys, tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    assert main(["tasks", str(run), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
