@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
-from run_folders import WORDS
+from workplaces import WORDS
 
 from mc_jax.cli import main
 from mc_jax.config import Config, DataConfig, ModelConfig, to_json
