@@ -11,7 +11,7 @@ from mc_jax.evaluation import _comparison_plots as drawings
 from mc_jax.evaluation import _plots
 from mc_jax.evaluation._comparison_plots import Curve, Panel
 from mc_jax.evaluation._page import escape, page, responsive_picture, section
-from mc_jax.evaluation.comparison import ComparedRun, caveats
+from mc_jax.evaluation.comparison import ComparedRun, caveats, measured_alike, seeds_of
 from mc_jax.training.router_shares import distances_to
 
 _AXES = {"step": "optimizer steps", "tokens": "tokens", "seconds": "time"}
@@ -60,20 +60,13 @@ def comparison_page(runs: Sequence[ComparedRun], differing: Mapping[str, Sequenc
 def _results(runs: Sequence[ComparedRun], differing: Mapping[str, Sequence[Any]]) -> str:
     values = [run.values() for run in runs]
     measured = [
-        (place, of_run["held_out_bits_per_byte"], of_run.get("held_out_bits_per_byte_error"))
+        (place, of_run["held_out_bits_per_byte"], of_run.get("held_out_bits_per_byte_standard_error"))
         for place, of_run in enumerate(values)
         if "held_out_bits_per_byte" in of_run
     ]
     picture, lead = "", "<p>No run has been measured on held-out text at its end yet.</p>"
     if measured:
-        best = min(measured, key=lambda one: one[1])
-        others = [one for one in measured if one is not best]
-        lead = f"<p>Fewest bits per byte on held-out text: <strong>{escape(runs[best[0]].name)}</strong>, "
-        lead += f"{best[1]:.4f}"
-        if others:
-            second = min(others, key=lambda one: one[1])
-            lead += f", {second[1] - best[1]:.4f} fewer than {escape(runs[second[0]].name)}"
-        lead += ".</p>"
+        lead = _lead(runs, [(bits, place) for place, bits, _ in measured])
         caption = "Bits per byte of the held-out text, at the end of each run: fewer are better."
         if any(error is not None for *_, error in measured):
             caption += " Bars: one standard error."
@@ -90,7 +83,37 @@ def _results(runs: Sequence[ComparedRun], differing: Mapping[str, Sequence[Any]]
             caption,
         )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in caveats(runs))
-    return lead + picture + _table(runs, values, differing) + notes
+    return lead + picture + _table(runs, values, differing) + _seeds(runs) + notes
+
+
+def _lead(runs: Sequence[ComparedRun], measured: Sequence[tuple[float, int]]) -> str:
+    """Which run is best, where that can be told."""
+    if not measured_alike(runs).text or len(measured) < 2:
+        return ""
+    (best, first), (next_best, second), *_ = sorted(measured)
+    return (
+        f"<p>Fewest bits per byte on held-out text: <strong>{escape(runs[first].name)}</strong>, {best:.4f}, "
+        f"{next_best - best:.4f} fewer than {escape(runs[second].name)}.</p>"
+    )
+
+
+def _seeds(runs: Sequence[ComparedRun]) -> str:
+    """A row for each setting of several seeds, if there are some."""
+
+    def names(places: Sequence[int]) -> str:
+        return " ".join(_swatch(place) + escape(runs[place].name) for place in places)
+
+    rows = "".join(
+        f'<tr><th scope="row">{names(group.runs)}</th>'
+        f"<td>{len(group.runs)}</td><td>{group.mean:.4f} ± {group.standard_error:.4f}</td></tr>"
+        for group in seeds_of(runs)
+    )
+    return rows and (
+        '<div class="wide"><table class="numbers compared"><caption>Runs that differ by their seed alone: '
+        "mean bits per byte, and its standard error over seeds</caption><thead><tr>"
+        '<th scope="col">runs</th><th scope="col">seeds</th><th scope="col">bits per byte</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
 
 
 def _table(
@@ -99,16 +122,18 @@ def _table(
     differing: Mapping[str, Sequence[Any]],
 ) -> str:
     """A row a run: the settings that differ, then how it ended; the best result of a column is strong."""
+    same = measured_alike(runs)
+    comparable = [name for name in _RESULTS if same.tokenizer or name == "held_out_bits_per_byte"]
     best = {
         name: min(found)
-        for name in _RESULTS
+        for name in (comparable if same.text else [])
         if len(found := [of_run[name] for of_run in values if name in of_run]) > 1
     }
 
     def cell(name: str, of_run: Mapping[str, Any]) -> str:
         if name not in of_run:
             return "<td>–</td>"
-        error = of_run.get(f"{name}_error")
+        error = of_run.get(f"{name}_standard_error")
         text = {**_RESULTS, **_TRAINING}[name][1](of_run[name]) + ("" if error is None else f" ± {error:.4f}")
         return f'<td class="best">{text}</td>' if best.get(name) == of_run[name] else f"<td>{text}</td>"
 

@@ -91,7 +91,7 @@ def results(
                 axes.plot([value - error, value + error], [line, line], color=colour, linewidth=2, alpha=0.6)
             axes.plot([value], [line], "o", color=colour, markersize=7)
             axes.annotate(
-                f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}"),
+                f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"),
                 (value, line),
                 xytext=(0, 6),
                 textcoords="offset points",

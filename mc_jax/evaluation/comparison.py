@@ -5,8 +5,9 @@ import dataclasses
 import io
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -80,14 +81,15 @@ def read_runs(folders: Sequence[epath.PathLike]) -> list[ComparedRun]:
             raise ValueError(f"{path} is no run folder (it has no {CONFIG_FILE}); give one of mc-jax train")
         place = str(path.resolve())
         if place in seen:
-            raise ValueError(f"{path} is given twice{_as(seen[place], path)}; name each run once")
+            also = "" if str(seen[place]) == str(path) else f", the other time as {seen[place]}"
+            raise ValueError(f"{path} is given twice{also}; name each run once")
         seen[place] = path
     names = [path.resolve().name for path in paths]
     return [
         ComparedRun(
             name=name if names.count(name) == 1 else str(path),
             folder=path,
-            config=read_config(path),
+            config=_read_config(path),
             metrics=read_metrics(path),
             result=_read_result(path / RESULT_FILE),
         )
@@ -105,6 +107,55 @@ def settings_that_differ(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
     }
 
 
+class MeasuredAlike(NamedTuple):
+    """Whether the results of runs, as far as is known, may be set against each other."""
+
+    tokenizer: bool
+    """Loss and perplexity are of the same tokens."""
+    text: bool
+    """All are of one text."""
+
+
+def measured_alike(runs: Sequence[ComparedRun]) -> MeasuredAlike:
+    """What is the same in the results of runs."""
+    tokenizers, texts = (
+        {known for run in runs if (known := (run.result.get("hashes") or {}).get(name)) is not None}
+        for name in ("tokenizer", "held_out_text")
+    )
+    sizes = {size for run in runs if (size := run.values().get("held_out_bytes")) is not None}
+    # A text's hash is of its tokens, which tokenizers make.
+    other_texts = len(sizes) > 1 or (len(texts) > 1 and len(tokenizers) <= 1)
+    return MeasuredAlike(tokenizer=len(tokenizers) <= 1, text=not other_texts)
+
+
+class OverSeeds(NamedTuple):
+    """What runs give that differ by their seed alone, and have a result."""
+
+    runs: tuple[int, ...]
+    """Their places among all runs; two or more."""
+    mean: float
+    """Of their bits per byte on held-out text."""
+    standard_error: float
+    """Of that mean: the seeds' standard deviation over the square root of their number."""
+
+
+def seeds_of(runs: Sequence[ComparedRun]) -> list[OverSeeds]:
+    """Each setting that was trained to its result from several seeds."""
+    groups: dict[str, dict[int, int]] = {}
+    for place, run in enumerate(runs):
+        if "held_out_bits_per_byte" in run.values():
+            training = dataclasses.replace(run.config.training, seed=0)
+            settings = configs.to_json(dataclasses.replace(run.config, training=training))
+            groups.setdefault(settings, {})[run.config.training.seed] = place
+    found = []
+    for places in groups.values():
+        bits = [runs[place].values()["held_out_bits_per_byte"] for place in places.values()]
+        if len(bits) > 1:
+            error = statistics.stdev(bits) / math.sqrt(len(bits))
+            found.append(OverSeeds(tuple(places.values()), statistics.fmean(bits), error))
+    return found
+
+
 def caveats(runs: Sequence[ComparedRun]) -> list[str]:
     """Sentences that a reader must know before believing a difference."""
     values = [run.values() for run in runs]
@@ -119,22 +170,12 @@ def caveats(runs: Sequence[ComparedRun]) -> list[str]:
     ]
     if older:
         found.append(f"Trained on since the result was measured: {', '.join(older)}.")
-    tokenizers, texts = (
-        {known for run in runs if (known := (run.result.get("hashes") or {}).get(name)) is not None}
-        for name in ("tokenizer", "held_out_text")
-    )
-    sizes = {of_run["held_out_bytes"] for of_run in values if "held_out_bytes" in of_run}
-    if len(tokenizers) > 1:
+    same = measured_alike(runs)
+    if not same.tokenizer:
         found.append("Tokenizers differ: compare bits per byte, not loss or perplexity, which are per token.")
-    # A text's hash is of its tokens, which tokenizers make.
-    if len(sizes) > 1 or (len(texts) > 1 and len(tokenizers) <= 1):
+    if not same.text:
         found.append("Held-out texts differ: a result on one text says nothing about one on another.")
-    seeds: dict[str, set[int]] = {}
-    for run in runs:
-        training = dataclasses.replace(run.config.training, seed=0)
-        settings = configs.to_json(dataclasses.replace(run.config, training=training))
-        seeds.setdefault(settings, set()).add(run.config.training.seed)
-    if all(len(of_setting) == 1 for of_setting in seeds.values()):
+    if not seeds_of(runs):
         found.append("One seed for each setting: what another seed would change is not known here.")
     return found
 
@@ -187,6 +228,13 @@ def comparison_csv(runs: Sequence[ComparedRun]) -> str:
     return text.getvalue()
 
 
+def _read_config(path: epath.Path) -> Config:
+    try:
+        return read_config(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _read_result(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
@@ -197,7 +245,3 @@ def _read_result(path: epath.Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not the result of a run; mc-jax train, started again, writes it anew")
     return found
-
-
-def _as(first: epath.Path, second: epath.Path) -> str:
-    return "" if str(first) == str(second) else f", the other time as {first}"

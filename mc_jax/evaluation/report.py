@@ -210,7 +210,9 @@ def shares_table(shares: RouterShares) -> str:
     ]
     even = [f"{shares.even_cached:.1%}", *(f"{share:.1%}" for share in shares.even_by_distance)]
     rows.append(row("all alike", [*even, "", "100%", ""]))
-    ranges = [str(first) if first == last else f"{first} to {last}" for first, last in shares.distances]
+    ranges = [
+        f"{first} back" if first == last else f"{first} to {last} back" for first, last in shares.distances
+    ]
     names = ["layer", "cached memories", *ranges, "entropy, nats", "of equal", "heads"]
     columns = "".join(f'<th scope="col">{name}</th>' for name in names)
     caption = (

@@ -2,16 +2,19 @@
 
 import base64
 import csv
+import html
 import html.parser
 import json
 import math
 import re
+import shutil
+import subprocess
 
 import pytest
 
 from mc_jax.cli import main
 from mc_jax.config import Config, ModelConfig, TrainingConfig, to_json
-from mc_jax.evaluation.comparison import caveats, read_runs, settings_that_differ, write_comparison
+from mc_jax.evaluation.comparison import caveats, read_runs, seeds_of, settings_that_differ, write_comparison
 
 STEPS = 20
 
@@ -61,7 +64,7 @@ def folders(tmp_path_factory):
     """Two that have ended, one that is being trained, and one of which nothing is known yet."""
     runs = tmp_path_factory.mktemp("runs")
     result = _result(1.8, routed=True)
-    result["held_out"]["bits_per_byte_error"] = 0.02
+    result["held_out"]["bits_per_byte_standard_error"] = 0.02
     return [
         _write(runs / "plain", _result(1.9, routed=False), _metrics(False), aggregation="none"),
         _write(runs / "gated & <b>", result, _metrics(True)),
@@ -118,7 +121,7 @@ def test_pictures_come_wide_and_narrow_light_and_dark(page):
     assert len(pictures) == 4 * len(images), "two of the four are the same"
     labels = {label for text in pictures for label in re.findall(r"<text[^>]*>([^<]*)</text>", text)}
     assert {"optimizer steps", "tokens", "seconds of training", "Training", "Held-out"} <= labels
-    assert {"By distance, at the end", "segments back", "1.800 ± 0.020"} <= labels
+    assert {"By distance, at the end", "segments back", "1.8000 ± 0.0200"} <= labels
 
 
 def test_figures_settings_and_what_to_know_of_them_are_there(page):
@@ -144,7 +147,7 @@ def test_the_table_has_a_row_a_run_and_every_figure_in_full(written, folders):
     assert [row["model.aggregation"] for row in rows] == ["none", "gated", "gated", "gated"]
     assert [row["model.segment_length"] for row in rows] == ["256", "256", "64", "256"]
     assert [row["held_out_bits_per_byte"] for row in rows] == ["1.9", "1.8", "", ""]
-    assert [row["held_out_bits_per_byte_error"] for row in rows] == ["", "0.02", "", ""]
+    assert [row["held_out_bits_per_byte_standard_error"] for row in rows] == ["", "0.02", "", ""]
     assert [row["step"] for row in rows] == ["20", "20", "7", "0"]
     assert float(rows[1]["training_loss"]) == 5 / math.sqrt(20)
     assert rows[0]["router_cached_share"] == ""
@@ -170,11 +173,26 @@ def test_what_makes_results_unlike_is_said(tmp_path):
 
     assert told("same").startswith("One seed for each setting")
     assert told("seeds", seed=1) == ""
+    first, second = (tmp_path / "seeds" / name for name in "ab")
+    others = [_write(tmp_path / "other", _result(1.7, False), top_k=3), _write(tmp_path / "begun", seed=2)]
+    (group,) = seeds_of(read_runs([others[0], first, others[1], second]))
+    assert group.runs == (1, 3), "one has other settings, one no result"
+    assert group.mean == pytest.approx(1.85)
+    assert group.standard_error == pytest.approx(0.05), "of two numbers 0.1 apart"
     assert "Held-out texts differ" in told("text", hashes={"tokenizer": "t", "held_out_text": "other"})
     of_tokens = told("tokenizer", hashes={"tokenizer": "u", "held_out_text": "other"})
     assert "compare bits per byte, not loss or perplexity" in of_tokens
     assert "Held-out texts differ" not in of_tokens, "one text has other tokens by another tokenizer"
     assert "Trained on since the result was measured: b." in told("older", step=STEPS - 5)
+
+
+def test_no_run_is_called_the_best_on_texts_that_differ(tmp_path):
+    results = [_result(1.8, False), _result(1.9, False, hashes={"tokenizer": "t", "held_out_text": "other"})]
+    runs = [_write(tmp_path / f"{number}", result) for number, result in enumerate(results)]
+    text = write_comparison(runs, tmp_path / "c.html")[0].read_text()
+    assert "Fewest bits per byte" not in text
+    assert 'class="best"' not in text
+    assert "1.8000" in text
 
 
 def test_settings_that_differ_have_a_value_for_each_run(folders):
@@ -192,6 +210,8 @@ def test_two_folders_of_one_name_are_called_by_their_paths(folders, tmp_path):
 
 def test_what_cannot_be_compared_is_refused_in_one_line_and_nothing_is_written(folders, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    cut = _write(tmp_path / "cut")
+    (cut / "config.json").write_text('{"model": ')
     damaged = _write(tmp_path / "damaged")
     (damaged / "result.json").write_text('{"step": ')
     plain = str(folders[0])
@@ -202,6 +222,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line_and_nothing_is_written(f
         ([plain, plain], "c.html", "is given twice; name each run once"),
         ([plain, f"{plain}/../plain"], "c.html", "is given twice, the other time as"),
         ([plain, str(folders[1])], "c.pdf", "whose name must end in .html"),
+        ([plain, str(cut)], "c.html", f"{cut}: config.json is not JSON"),
         ([plain, str(damaged)], "c.html", "is not the result of a run"),
     ):
         assert main(["compare", *runs, "--output", str(tmp_path / output)]) == 2, message
@@ -221,3 +242,30 @@ def test_more_runs_than_colours_differ_in_their_dashes(tmp_path):
     text = write_comparison(runs, tmp_path / "c.html")[0].read_text()
     assert f".run-{len(runs) - 1} {{ border-top-style: dashed; }}" in text
     assert f".run-{len(runs) - 1} {{ border-color: {_plots.LIGHT.runs[0]}; }}" in text
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_window(width, written, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium to look at the page with: apt-get install chromium")
+    # In a frame, for a window is never narrower than 500; the script is that of the page around it.
+    tell = (
+        "onload = () => { const page = document.querySelector('iframe').contentDocument.documentElement; "
+        "document.title = [page.clientWidth, page.scrollWidth].join(' '); }"
+    )
+    page = html.escape(written[0].read_text())
+    frame = f'<iframe style="border: 0; width: {width}px" srcdoc="{page}"></iframe>'
+    (tmp_path / "frame.html").write_text(f"<body>{frame}<script>{tell}</script></body>")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
+    done = subprocess.run(
+        [browser, *options, f"--user-data-dir={tmp_path}", f"file://{tmp_path}/frame.html"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    told = re.search(r"<title>(\d+) (\d+)</title>", done.stdout)
+    assert told is not None, done.stderr
+    assert int(told[1]) == width
+    assert int(told[2]) == width, "something wide does not scroll within its own box"

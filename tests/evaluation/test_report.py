@@ -194,7 +194,7 @@ def test_the_heat_maps_name_layers_and_memories(page):
 def test_what_layers_read_on_average_is_a_row_each_and_the_last_is_of_equal_weights(page):
     text = page.text.replace("\n", "")
     assert "mean over 1,234 tokens" in text
-    assert "layercached memories123 to 4entropy, natsof equalheads" in text
+    assert "layercached memories1 back2 back3 to 4 backentropy, natsof equalheads" in text
     assert "150.0%25.0%15.0%10.0%1.0025%25% to 75%" in text
     assert "320.0%10.0%6.0%4.0%0.4010%10% to 30%" in text
     assert "all alike70.0%40.0%20.0%10.0%100%" in text
