@@ -5,13 +5,14 @@ import shlex
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from mc_jax._arguments import UsageError, must_be_run, parse
 from mc_jax._checkpoints_command import checkpoints
 from mc_jax._compare_command import compare
+from mc_jax._eval_command import evaluate, shown
 from mc_jax._plan_command import plan
 from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
 from mc_jax._task_command import tasks
@@ -116,31 +117,6 @@ def _train_help() -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalArguments:
-    """Measure a run's perplexity on the held-out text of its corpus."""
-
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Folder that mc-jax train wrote, for example runs/quickstart."""
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one JSON object instead of a table."""
-
-
-def evaluate(arguments: Sequence[str]) -> None:
-    """Measure a run's perplexity on the held-out text of its corpus."""
-    chosen = parse(EvalArguments, arguments, program="mc-jax eval")
-    must_be_run(chosen.run)
-
-    from mc_jax.data.files import json_text
-    from mc_jax.evaluation.perplexity import evaluate_run
-
-    result = evaluate_run(chosen.run)
-    if chosen.json:
-        print(json_text(result))
-    else:
-        _print_result(chosen.run, result)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateArguments:
     """Print a prompt and how a run's model goes on from it."""
 
@@ -192,14 +168,14 @@ def generate(arguments: Sequence[str]) -> None:
     print(chosen.prompt + continuation)
 
 
-def _print_result(run: str, result: Mapping[str, float]) -> None:
+def _print_result(run: str, result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("on held-out text", run)
-    for name, value in result.items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        table.add_row(name.replace("_", " "), shown)
+    for name in result:
+        if not name.endswith("_standard_error"):
+            table.add_row(name.replace("_", " "), shown(result, name))
     Console().print(table)
 
 

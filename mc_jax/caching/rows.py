@@ -8,10 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mc_jax.caching import router, segments
+from mc_jax.caching import continuation, router, segments
 from mc_jax.caching._recurrence import log_retention_of, memory_of, mixable_of
 from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Scores, Selection
 from mc_jax.caching.cache import Cache
+from mc_jax.caching.continuation import Joined, follow, join, out_of_places
 from mc_jax.caching.finite import Tokens, mark_begun, misaligned_documents, reach_of, without_bad
 from mc_jax.caching.handover import run_in_order
 from mc_jax.caching.neighbours import Neighbours
@@ -101,6 +102,57 @@ def forward(
     return Output(found.y, found.gates, mark_begun(cache, begun))
 
 
+def forward_from(
+    cache: Cache,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    routing: Routing | None,
+    coefficients: Coefficients,
+    *,
+    bad: jax.Array | None = None,
+) -> Output:
+    """`forward` of tokens that go on from a cache, as if they were decoded one by one; they leave the next.
+
+    Args:
+      cache: of the tokens before, which ended a segment; its settings and initial state count.
+      q: whole segments of tokens [B, T, H, K], the same in all rows.
+      k: keys.
+      v: values.
+      routing: what the router needs; None without a router.
+      coefficients: scalars per token and head.
+      bad: as there.
+
+    Raises:
+      ValueError: tokens that are not whole segments.
+    """
+    settings, length = cache.settings, q.shape[1]
+    if length % settings.segment_length:
+        raise ValueError(
+            f"{length} tokens are not whole segments of {settings.segment_length}; pad them, and go on from "
+            "the cache no more"
+        )
+    found = _read(
+        q,
+        k,
+        v,
+        routing,
+        coefficients,
+        settings,
+        document_ids=None,
+        initial_state=cache.initial,
+        lengths=None,
+        top_k=None,
+        bad=bad,
+        neighbours=None,
+        cache=cache,
+    )
+    y, online = found.y, marked(found.online, found.bad[:, -1])
+    if found.joined is not None:
+        y = spoilt(y, out_of_places(cache, length)[..., None])
+    return Output(y, found.gates, follow(cache, found.joined, online, length))
+
+
 def forward_shared(
     q: jax.Array,
     k: jax.Array,
@@ -163,6 +215,8 @@ class _Found(NamedTuple):
     """Tokens after which the memory is not finite [B, T, H], bool."""
     bad_ends: jax.Array
     """Segments after which it is not [B, S, H], bool."""
+    joined: Joined | None
+    """The memories of the cache that the tokens go on from, and theirs."""
 
 
 def _read(
@@ -179,6 +233,7 @@ def _read(
     top_k: jax.Array | None,
     bad: jax.Array | None,
     neighbours: Neighbours | None,
+    cache: Cache | None = None,
 ) -> _Found:
     batch, length = q.shape[:2]
     memory = memory_of(settings, coefficients, initial_state)
@@ -211,6 +266,7 @@ def _read(
         initial_state=initial_state,
         document_ids=document_ids,
         lengths=lengths,
+        start=None if cache is None or independent else cache.online,
     )
     if neighbours is None or independent:
         run = memory.run(q, k, v, coefficients, layout)
@@ -227,7 +283,7 @@ def _read(
         log_sum = jnp.einsum("bsl,bslh->bsh", owned, segments.split(log_retention, settings.segment_length))
     bad_ends = reach.ends(settings.segment_length)
     cached = Cached(marked(run.segment_states, bad_ends), jnp.sum(owned, axis=2), log_sum)
-    scores = pooled = None
+    scores = pooled = joined = None
     if routing is not None:
         routing = Routing(*jax.tree.map(lambda x: x.astype(dtype), tuple(routing)))
         pooled = router.pool(routing.keys, document_ids, settings.segment_length, settings.router_blocks)
@@ -236,6 +292,11 @@ def _read(
         # Which states a token may read is now known when the program runs, and not before.
         first_segment, readable_in = neighbours.index * owners.shape[1], None
         cached, pooled, owners, bad_ends = neighbours.gather((cached, pooled, owners, bad_ends))
+    if cache is not None and AGGREGATIONS[settings.aggregation].gates is not None:
+        # A memory that is not finite is so in the cache as well: its reads and scores tell.
+        joined = join(cache, cached, pooled, dtype)
+        cached, pooled, readable_in = joined.cached, joined.pooled, None
+        bad_ends = jnp.zeros((batch, cached.tokens.shape[1], bad_ends.shape[2]), bool)
     if routing is not None:
         assert pooled is not None
         online_logit = routing.online_logit
@@ -244,8 +305,12 @@ def _read(
         scores = Scores(router.score(routing.u, pooled), online_logit)
     gates, states, bad_reads = None, cached.states, reach.reads
     if AGGREGATIONS[settings.aggregation].gates is not None:
-        eligible = segments.eligible(document_ids, owners, settings.segment_length, first_segment)
-        gates = keep(choose(settings, scores, eligible, cached, top_k, segments.first_of_document(owners)))
+        if cache is None or joined is None:
+            eligible = segments.eligible(document_ids, owners, settings.segment_length, first_segment)
+            first = segments.first_of_document(owners)
+        else:
+            eligible, first = continuation.eligible(cache, joined, length), None
+        gates = keep(choose(settings, scores, eligible, cached, top_k, first))
         if routing is not None:  # which has scored all of them
             bad_reads = bad_reads | reads_bad(eligible[:, :, None], bad_ends)
         bad_states = states_not_finite(cached.states)
@@ -274,4 +339,5 @@ def _read(
         document_ids,
         reach.online,
         bad_ends,
+        joined,
     )

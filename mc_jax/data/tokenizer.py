@@ -44,6 +44,11 @@ class Tokenizer(Protocol):
         """SHA-256 (hex) of what the tokenizer does: equal for two that encode alike."""
         ...
 
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of UTF-8 that each id stands for, int64 [vocab_size]; 0 of the separator."""
+        ...
+
     def encode(self, text: str) -> np.ndarray:
         """The tokens of `text`, int32 [tokens], without separators."""
         ...
@@ -88,6 +93,11 @@ class ByteTokenizer:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what the tokenizer does: equal for two that encode alike."""
         return _fingerprint(self._description())
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of UTF-8 that each id stands for, int64 [vocab_size]; 0 of the separator."""
+        return np.array([len(token) for token in self._token_bytes], np.int64)
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of `text`, int32 [tokens], without separators."""

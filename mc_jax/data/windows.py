@@ -1,10 +1,11 @@
-"""Evaluation windows over whole documents: every pair is scored once, with as much context as fits.
+"""Windows of documents: what is read, and which of it is scored.
 
 Shapes: B windows of a batch, T tokens.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,14 +13,67 @@ from mc_jax.data.rows import Example, empty_example, put_pairs
 from mc_jax.data.store import TokenStore
 
 
+class Window(NamedTuple):
+    """A run of a document's (input, target) pairs, counted from its first."""
+
+    document: int
+    start: int
+    """The first pair that is read."""
+    scored: int
+    """The first that is scored."""
+    end: int
+    """Past the last, which is scored."""
+
+
+def overlapping_windows(store: TokenStore, document: int, *, length: int, stride: int) -> Iterator[Window]:
+    """Windows in which every pair of a document is scored exactly once.
+
+    The first window scores all that it holds. Each further one goes on by `stride` pairs: it scores these,
+    its last, and reads the pairs before them as context. The document's last window goes on by what is left
+    and reads the more context.
+    """
+    pairs = num_pairs(store, document)
+    scored, end = 0, min(length, pairs)
+    while scored < pairs:
+        yield Window(document, max(end - length, 0), scored, end)
+        scored, end = end, min(end + stride, pairs)
+
+
+def num_pairs(store: TokenStore, document: int) -> int:
+    """(input, target) pairs of a document: one more than tokens."""
+    return int(store.offsets[document + 1] - store.offsets[document]) + 1
+
+
+def example_of(store: TokenStore, window: Window, length: int) -> Example:
+    """A window as one row of `length` positions, padding at its end; loss_mask is 1 on what it scores."""
+    example = empty_example(store, length)
+    put_pairs(example, 0, store.sequence(window.document, window.start, window.end + 1))
+    example["loss_mask"][: window.scored - window.start] = 0
+    return example
+
+
+def batches_of(
+    windows: Iterable[Window], store: TokenStore, *, length: int, batch_size: int
+) -> Iterator[tuple[tuple[Window, ...], dict[str, np.ndarray]]]:
+    """Windows by the batch, with their rows stacked; the last batch is filled with padding alone.
+
+    Yields:
+      At most `batch_size` windows, and their inputs, targets, document_ids int32 [B, T], loss_mask float32
+      [B, T].
+    """
+    padding = empty_example(store, length)
+    for some in itertools.batched(windows, batch_size):
+        rows = [example_of(store, window, length) for window in some]
+        filled = [*rows, *[padding] * (batch_size - len(rows))]
+        yield some, {name: np.stack([row[name] for row in filled]) for name in padding}
+
+
 def evaluation_windows(
     store: TokenStore, *, context_length: int, stride: int, batch_size: int, every: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of windows in which loss_mask is 1 on every (input, target) pair of the store exactly once.
 
-    A document's first window scores all that it holds. Each further one goes on by `stride` pairs: it
-    scores these, its last, and reads context_length - stride pairs before them as context. The document's
-    last window goes on by what is left and reads the more context. A window holds one document.
+    A window holds one document; `overlapping_windows` tells how documents are cut.
 
     Args:
       store: the documents.
@@ -28,19 +82,35 @@ def evaluation_windows(
       batch_size: B; the last batch is filled with windows that are padding alone.
       every: n, where of all windows only the first, the n-th after it, and so on are wanted.
 
-    Yields:
-      inputs, targets, document_ids: int32 [B, T]; loss_mask: float32 [B, T], 1 on pairs to be scored.
+    Returns:
+      Of each batch inputs, targets, document_ids: int32 [B, T], and loss_mask: float32 [B, T], 1 on pairs to
+      be scored.
 
     Raises:
       ValueError: `stride` is not in 1..context_length.
+    """
+    check_stride(stride, context_length)
+    windows = (
+        window
+        for document in range(len(store))
+        for window in overlapping_windows(store, document, length=context_length, stride=stride)
+    )
+    wanted = itertools.islice(windows, 0, None, every)
+    batches = batches_of(wanted, store, length=context_length, batch_size=batch_size)
+    return (batch for _, batch in batches)
+
+
+def check_stride(stride: int, context_length: int) -> None:
+    """See that windows that go on by `stride` score every pair once.
+
+    Raises:
+      ValueError: they do not.
     """
     if not 1 <= stride <= context_length:
         raise ValueError(
             f"stride {stride} leaves pairs that no window scores or scores none; "
             f"set it from 1 to context_length, {context_length}"
         )
-    wanted = itertools.islice(_windows(store, context_length, stride), 0, None, every)
-    return _batches(wanted, empty_example(store, context_length), batch_size)
 
 
 def spread_sequences(store: TokenStore, *, length: int, count: int) -> list[np.ndarray]:
@@ -69,22 +139,3 @@ def spread_sequences(store: TokenStore, *, length: int, count: int) -> list[np.n
         store.sequence(int(document), int(start), int(min(start + length, pairs[document])))
         for document, start in places
     ]
-
-
-def _batches(wanted: Iterator[Example], padding: Example, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    for windows in itertools.batched(wanted, batch_size):
-        filled = [*windows, *[padding] * (batch_size - len(windows))]
-        yield {name: np.stack([window[name] for window in filled]) for name in padding}
-
-
-def _windows(store: TokenStore, context_length: int, stride: int) -> Iterator[Example]:
-    for document in range(len(store)):
-        pairs = int(store.offsets[document + 1] - store.offsets[document]) + 1
-        scored, end = 0, min(context_length, pairs)
-        while scored < pairs:
-            start = max(end - context_length, 0)
-            window = empty_example(store, context_length)
-            put_pairs(window, 0, store.sequence(document, start, end + 1))
-            window["loss_mask"][: scored - start] = 0
-            yield window
-            scored, end = end, min(end + stride, pairs)

@@ -63,6 +63,26 @@ class Attention(nnx.Module):
         cache = AttentionCache(jnp.pad(k, more), jnp.pad(v, more), lengths)
         return self._attend(x, q, k, v, None), cache
 
+    def begin(self, batch: int, max_length: int) -> AttentionCache:
+        """The cache before the first token of `batch` rows, for `extend` up to `max_length` tokens a row."""
+        width = self.query.kernel.shape[0]
+        empty = jnp.zeros((batch, max_length, self.num_heads, width // self.num_heads), self.query.dtype)
+        return AttentionCache(empty, jnp.copy(empty), jnp.zeros((batch,), jnp.int32))
+
+    def extend(self, x: jax.Array, cache: AttentionCache) -> tuple[jax.Array, AttentionCache]:
+        """Mix tokens x [B, T, D] that go on from a cache; NaN in rows that ran out of places."""
+        position = cache.length[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        q, k, v = self._rotated(x, position)
+        rows = jnp.arange(x.shape[0])[:, None]
+        keys, values = cache.k.at[rows, position].set(k), cache.v.at[rows, position].set(v)
+        places = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None]
+        seen = places <= position[..., None]
+        if self.window is not None:
+            seen &= places > (position - self.window)[..., None]
+        y = jax.nn.dot_product_attention(q, keys, values, mask=seen[:, None]).reshape(x.shape)
+        y = jnp.where((position < keys.shape[1])[..., None], y, jnp.nan)
+        return self.output(y), AttentionCache(keys, values, cache.length + x.shape[1])
+
     def step(self, x: jax.Array, cache: AttentionCache) -> tuple[jax.Array, AttentionCache]:
         """One more token a row, x [B, D]; NaN in rows that ran out of places."""
         q, k, v = (_part[:, 0] for _part in self._rotated(x[:, None], cache.length[:, None]))

@@ -56,6 +56,16 @@ class Block(nnx.Module):
             return self._around(x, lambda y: mixer.prefill(y, lengths, max_length, storage))
         return self._around(x, lambda y: mixer.prefill(y, lengths, max_length))
 
+    def begin(self, batch: int, max_length: int, storage: caching.Storage) -> Any:
+        """The cache before the first token of `batch` rows, for `extend` up to `max_length` tokens a row."""
+        if isinstance(self.mixer, MemoryCaching):
+            return self.mixer.begin(batch, max_length, storage)
+        return self.mixer.begin(batch, max_length)
+
+    def extend(self, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """As a call on tokens x [B, T, D] that go on from a cache, and the next one."""
+        return self._around(x, lambda y: self.mixer.extend(y, cache))
+
     def step(self, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """One more token a row, x [B, D]."""
         return self._around(x, lambda y: self.mixer.step(y, cache))

@@ -138,19 +138,53 @@ class LanguageModel(nnx.Module):
         Raises:
           ValueError: a storage that has no effect, or with too few places for the tokens.
         """
-        if "memory" not in self.config.layer_pattern and storage != caching.Storage():
-            raise ValueError("a storage has no effect on a model without memory layers; leave it out")
+        self._must_have_effect(storage)
         inside = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
         x = self._embed(jnp.where(inside, tokens, 0))
         x, caches = self._scan(lambda block, x, _: block.prefill(x, lengths, max_length, storage), x)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self._logits(last), caches
 
+    def begin(
+        self,
+        batch: int,
+        max_length: int,
+        storage: caching.Storage = caching.Storage(),  # noqa: B008 - frozen
+    ) -> Any:
+        """The caches of all layers before the first token of `batch` rows, for `extend`.
+
+        Args:
+          batch: rows.
+          max_length: tokens that a row may come to hold.
+          storage: as of `prefill`.
+
+        Raises:
+          ValueError: a storage that has no effect.
+        """
+        self._must_have_effect(storage)
+        x = jnp.zeros((), self.dtype)
+        _, caches = self._scan(lambda block, x, _: (x, block.begin(batch, max_length, storage)), x)
+        return caches
+
+    def extend(self, tokens: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+        """What the output map gets of tokens that go on from caches [B, T, D], and the next caches.
+
+        Args:
+          tokens: [B, T], int32: whole segments, in all rows as many.
+          caches: of `begin` or `extend`.
+        """
+        x, caches = self._scan(lambda block, x, cache: block.extend(x, cache), self._embed(tokens), caches)
+        return self.norm(x), caches
+
     def step(self, tokens: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
         """One more token a row [B]: logits [B, vocabulary] of the one after it, and the new caches."""
         x = self._embed(tokens)
         x, caches = self._scan(lambda block, x, cache: block.step(x, cache), x, caches)
         return self._logits(x), caches
+
+    def _must_have_effect(self, storage: caching.Storage) -> None:
+        if "memory" not in self.config.layer_pattern and storage != caching.Storage():
+            raise ValueError("a storage has no effect on a model without memory layers; leave it out")
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """Embeddings [..., D]; a token outside the vocabulary is an error, and NaN if it is traced."""

@@ -183,12 +183,38 @@ class MemoryCaching(nnx.Module):
             bad=bad,
         )
         cache = output.cache
-        if storage.max_cached is None and AGGREGATIONS[self.settings.aggregation].gates is not None:
-            capacity = max(max_length // self.settings.segment_length, cache.capacity, 1)
-            storage = dataclasses.replace(storage, max_cached=capacity)
-        cache = cache.with_storage(storage)
+        cache = cache.with_storage(self._with_places(storage, max_length, cache.capacity))
         tails = [self.convolution.tail(part, lengths) for part in inputs]
         return self._out(x, output.y), MixerCache(cache, jnp.concatenate(tails, axis=-1))
+
+    def begin(self, batch: int, max_length: int, storage: caching.Storage) -> MixerCache:
+        """The cache before the first token of `batch` rows, for `extend` up to `max_length` tokens a row."""
+        settings = self.settings
+        row = jnp.zeros((batch, settings.segment_length, self.query.kernel.shape[0]), self.dtype)
+        lengths = jnp.full((batch,), settings.segment_length, jnp.int32)
+        like = jax.eval_shape(
+            lambda: self.prefill(row, lengths, settings.segment_length, caching.Storage())[1]
+        )
+        initial = jax.tree.map(jnp.copy, self._initial_state())
+        cache = caching.empty(dataclasses.replace(like.memory, initial=initial))
+        cache = dataclasses.replace(cache, storage=caching.Storage())
+        cache = cache.with_storage(self._with_places(storage, max_length))
+        return MixerCache(cache, jnp.zeros(like.tail.shape, like.tail.dtype))
+
+    def extend(self, x: jax.Array, cache: MixerCache) -> tuple[jax.Array, MixerCache]:
+        """Mix tokens x [B, T, D], whole segments that go on from a cache, and leave the next one."""
+        x, bad = self._without_bad(x, None)
+        inputs = self._qkv(x)
+        tails = jnp.split(cache.tail, self._parts, axis=-1)
+        before = cache.tail.shape[1]
+        joined = tuple(
+            jnp.concatenate([tail, part.astype(tail.dtype)], axis=1)
+            for tail, part in zip(tails, inputs, strict=True)
+        )
+        written = self._write(x, tuple(part[:, before:] for part in self._convolved(joined)))
+        output = caching.forward_from(cache.memory, *written, bad=bad)
+        tail = jnp.concatenate([part[:, part.shape[1] - before :] for part in joined], axis=-1)
+        return self._out(x, output.y), MixerCache(output.cache, tail)
 
     def step(self, x: jax.Array, cache: MixerCache) -> tuple[jax.Array, MixerCache]:
         """One more token a row, x [B, D]."""
@@ -196,6 +222,13 @@ class MemoryCaching(nnx.Module):
         q, k, v = (self._heads(part) for part in jnp.split(joined, self._parts, axis=-1))
         y, memory = caching.decode(*self._write(x, (unit_length(q), unit_length(k), v)), cache.memory)
         return self._out(x, y), MixerCache(memory, tail)
+
+    def _with_places(self, storage: caching.Storage, max_length: int, least: int = 1) -> caching.Storage:
+        """The storage with a place for each segment of `max_length` tokens, if it does not say how many."""
+        if storage.max_cached is not None or AGGREGATIONS[self.settings.aggregation].gates is None:
+            return storage
+        places = max(max_length // self.settings.segment_length, least, 1)
+        return dataclasses.replace(storage, max_cached=places)
 
     def _without_bad(self, x: jax.Array, document_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Tokens x [B, T, D] with zeros for those that are not finite, and which the convolution makes so."""

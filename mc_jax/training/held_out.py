@@ -4,9 +4,7 @@ Shapes: B windows of a batch, T tokens.
 """
 
 import math
-from collections.abc import Mapping
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -14,11 +12,9 @@ from mc_jax.config import Config
 from mc_jax.data.dataset import Dataset
 from mc_jax.data.store import TokenStore
 from mc_jax.data.windows import evaluation_windows
-from mc_jax.parallel import has_mesh, local_rows, on_mesh
-from mc_jax.parallel.compiler import compiler_options
-from mc_jax.parallel.rules import size_of
+from mc_jax.training.losses import BatchLosses
 from mc_jax.training.router_shares import RouterOnText, has_router
-from mc_jax.training.step import Parameters, merge_model, token_losses
+from mc_jax.training.step import Parameters
 
 
 class HeldOut:
@@ -48,22 +44,13 @@ class HeldOut:
         tokens: int | None = None,
     ):
         self._store = store
-        self._batch_size = -(-batch_size // size_of("batch")) * size_of("batch")
+        self._losses = BatchLosses(graph, batch_size)
         self._windows = {
             "context_length": context_length,
             "stride": stride,
-            "batch_size": self._batch_size,
+            "batch_size": self._losses.batch_size,
             "every": 1 if tokens is None else max(1, -(-store.num_pairs // tokens)),
         }
-        self._rows = local_rows(self._batch_size) if has_mesh() else None
-
-        def losses_of(parameters: Parameters, batch: Mapping[str, jax.Array]) -> jax.Array:
-            return token_losses(merge_model(graph, parameters), batch)
-
-        # Every process reads the losses of all windows.
-        whole = jax.NamedSharding(jax.sharding.get_mesh(), jax.P()) if has_mesh() else None
-        options = compiler_options() if has_mesh() else None
-        self._losses = jax.jit(losses_of, out_shardings=whole, compiler_options=options)
 
     def loss(self, parameters: Parameters) -> float:
         """Nats per token."""
@@ -71,8 +58,6 @@ class HeldOut:
         total, tokens = 0.0, 0
         for batch in evaluation_windows(self._store, **self._windows):
             tokens += int(batch["loss_mask"].sum())
-            if self._rows is not None:
-                batch = on_mesh({name: rows[self._rows] for name, rows in batch.items()}, self._batch_size)
             total += float(np.asarray(self._losses(parameters, batch), np.float64).sum())
         return total / tokens
 

@@ -15,7 +15,7 @@ from mc_jax.data.dataset import Dataset, open_data
 from mc_jax.nn import LanguageModel
 from mc_jax.parallel import has_mesh
 from mc_jax.parallel.parameters import shardings
-from mc_jax.training.checkpoint import load_newest, must_be_finite
+from mc_jax.training.checkpoint import load_newest, load_step, must_be_finite
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.seal import make_seal, must_fit, newest_seal
 from mc_jax.training.step import TrainState, init_state, merge_model, split_model
@@ -35,6 +35,8 @@ class Run:
     model: LanguageModel
     step: int
     """Finished steps of the checkpoint."""
+    trained: Config | None = None
+    """What it was trained with, where `config` is another that it is read with; None: the same."""
 
 
 def activation_dtype(config: Config) -> Any:
@@ -92,14 +94,19 @@ def read_config(run_dir: epath.Path) -> Config:
     return configs.from_json((run_dir / CONFIG_FILE).read_bytes().decode(errors="replace"))
 
 
-def load_run(run_dir: epath.PathLike) -> Run:
-    """Read a run's config, tokenizer, data and newest checkpoint; the model lies on this process's device.
+def load_run(run_dir: epath.PathLike, step: int | None = None) -> Run:
+    """Read a run's config, tokenizer, data and a checkpoint.
 
-    Several processes must all call it.
+    The model lies on the mesh of `jax.set_mesh`, or else on this process's device. Several processes must all
+    call it.
+
+    Args:
+      run_dir: the run's folder.
+      step: of the checkpoint; None: the newest that is whole.
 
     Raises:
-      ValueError: no run there, one without a checkpoint, one that is no longer what was trained, or one whose
-        weights are not finite.
+      ValueError: no run there, one without such a checkpoint, one that is no longer what was trained, or one
+        whose weights are not finite.
     """
     folder = epath.Path(run_dir)
     if not (folder / CONFIG_FILE).exists():
@@ -110,7 +117,7 @@ def load_run(run_dir: epath.PathLike) -> Run:
     dataset = open_data(config.data, folder / TOKENIZER_FILE)
     must_fit(newest_seal(folder), make_seal(config, dataset), folder)
     graph, state = new_state(config, dataset.tokenizer.vocab_size)
-    loaded = load_newest(folder, state)
+    loaded = load_newest(folder, state) if step is None else load_step(folder, step, state)
     if loaded is None:
         raise ValueError(f"{folder} has no complete checkpoint yet; go on with mc-jax train")
     must_be_finite(folder, loaded, loaded.state.parameters)

@@ -63,8 +63,13 @@ def token_losses(
     save for their gradient. A masked token counts neither here nor in the gradient of the output map, though
     its loss be NaN; another one's is NaN where its target is outside the vocabulary.
     """
-    mask = jnp.asarray(batch["loss_mask"])
     x = model.features(batch["inputs"], batch["document_ids"], top_k, remat=remat)
+    return losses_of_features(model, x, batch)
+
+
+def losses_of_features(model: Any, x: jax.Array, batch: Batch) -> jax.Array:
+    """What `token_losses` makes of the features x [rows, T, D] that the output map gets."""
+    mask = jnp.asarray(batch["loss_mask"])
     losses = cross_entropy(x, model.output_map, jnp.asarray(batch["targets"]))
     # Selected, not multiplied: 0 times NaN is NaN.
     return jnp.where(mask != 0, losses * mask, 0)

@@ -118,7 +118,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_ends(workplace, whole):
 @pytest.mark.parametrize(
     ("words", "where"),
     [
-        (("eval", "runs/whole"), "mc_jax.evaluation.perplexity:evaluate_held_out"),
+        (("eval", "runs/whole"), "mc_jax.evaluation.core:measure"),
         (("generate", "runs/whole", "--prompt", "the sea"), "mc_jax.inference.generate:load_run"),
         (("plan", "quickstart", "--topology", "v5e:2x2"), "mc_jax.planning.topology:read_topology"),
         (

@@ -5,7 +5,15 @@ is written last, so a step counts once it is there; checkpoints made before dige
 """
 
 from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER
-from mc_jax.training.checkpoint.reading import Loaded, Seal, load_newest, must_be_finite
+from mc_jax.training.checkpoint.reading import Loaded, Seal, load_newest, load_step, must_be_finite
 from mc_jax.training.checkpoint.writing import Checkpoints
 
-__all__ = ["CHECKPOINTS_FOLDER", "Checkpoints", "Loaded", "Seal", "load_newest", "must_be_finite"]
+__all__ = [
+    "CHECKPOINTS_FOLDER",
+    "Checkpoints",
+    "Loaded",
+    "Seal",
+    "load_newest",
+    "load_step",
+    "must_be_finite",
+]

@@ -85,6 +85,28 @@ def load_newest(run_dir: epath.Path, like: TrainState) -> Loaded | None:
     return None
 
 
+def load_step(run_dir: epath.Path, step: int, like: TrainState) -> Loaded:
+    """Read the checkpoint of one step; otherwise as `load_newest`.
+
+    Raises:
+      ValueError: there is no such step, or it is not whole, or of another model.
+    """
+    folder = checkpoints_of(run_dir)
+    there = [one for one in steps_in(folder) if kind_of(folder, one) is not Kind.UNFINISHED]
+    if step not in there:
+        listed = ", ".join(map(str, there)) or "none"
+        raise ValueError(f"{run_dir} has no checkpoint of step {step}; there are {listed}")
+    found = _Found(step, kind_of(folder, step), [])
+    try:
+        loaded = _load(folder, found, like)
+    except DamagedError as damage:
+        raise ValueError(
+            f"{folder / str(step)} is no use ({damage}); put a copy back, or name another step"
+        ) from damage
+    _tell(folder, found, {})
+    return loaded
+
+
 def must_be_finite(run_dir: epath.Path, loaded: Loaded, tree: Any) -> None:
     """See that what was loaded, or a part of it, is of numbers: before digests nobody looked.
 
