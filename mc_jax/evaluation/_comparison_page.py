@@ -109,8 +109,8 @@ def _seeds(runs: Sequence[ComparedRun]) -> str:
         for group in seeds_of(runs)
     )
     return rows and (
-        '<div class="wide"><table class="numbers compared"><caption>Runs that differ by their seed alone: '
-        "mean bits per byte, and its standard error over seeds</caption><thead><tr>"
+        '<div class="wide"><table class="numbers compared seeds"><caption>Runs that differ by their seed '
+        "alone: mean bits per byte, and its standard error over seeds</caption><thead><tr>"
         '<th scope="col">runs</th><th scope="col">seeds</th><th scope="col">bits per byte</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
@@ -358,6 +358,7 @@ main { max-width: 72rem; }
 .compared thead code, .compared caption { white-space: normal; }
 .compared caption { position: sticky; left: 0; max-width: min(46rem, 100vw - 3rem); }
 @media (max-width: 40rem) { .compared tr > :first-child { max-width: 9rem; } }
+.compared.seeds tr > :first-child { max-width: none; white-space: normal; }
 .tabs > input { position: absolute; opacity: 0; }
 .tabs > label { display: inline-block; padding: 0.3rem 0.9rem; margin: 0 0.25rem 1rem 0; cursor: pointer;
   border: 1px solid var(--edge); border-radius: 2rem; font-size: 0.875rem; color: var(--muted); }

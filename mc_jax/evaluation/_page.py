@@ -121,6 +121,7 @@ dl, dd { margin: 0; }
 figure { margin: 0; }
 img { display: block; width: 100%; min-width: 40rem; height: auto; }
 img.fits { min-width: 0; }
+.next { margin-top: 1.75rem; }
 figcaption { margin-top: 0.6rem; max-width: 46rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.9rem; }

@@ -174,6 +174,36 @@ def router_reads(gates: np.ndarray, numbers: Sequence[int], segment_length: int,
         return svg(figure)
 
 
+def router_while_training(steps: np.ndarray, shares: np.ndarray, even: float, theme: Theme) -> str:
+    """The share of the reading that cached memories get, over training: every layer faint, the mean strong.
+
+    Args:
+      steps: [n], rising.
+      shares: [n, L], from 0 to 1.
+      even: the share if all memories were weighed alike, a dashed line.
+      theme: Colours.
+    """
+    with matplotlib.rc_context(style(theme)):
+        figure = Figure(figsize=(9.2, 2.8), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis="y")
+        if shares.shape[1] > 1:
+            lines = axes.plot(steps, shares, color=theme.faint, linewidth=1)
+            lines[0].set_label("each layer")
+        dots = {"marker": "o", "markersize": 4, "linewidth": 2}
+        axes.plot(steps, shares.mean(axis=1), color=theme.line, label="mean of the layers", **dots)
+        axes.axhline(even, color=theme.muted, linewidth=1.4, linestyle=(0, (5, 3)), label="all weighed alike")
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.0%}"))
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("share of cached memories")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.margins(x=0.01)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
+        return svg(figure)
+
+
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """[n] -> [n]: the mean over `window` values around each one, over fewer at the ends."""
     kernel = np.ones(window)

@@ -175,8 +175,11 @@ def caveats(runs: Sequence[ComparedRun]) -> list[str]:
         found.append("Tokenizers differ: compare bits per byte, not loss or perplexity, which are per token.")
     if not same.text:
         found.append("Held-out texts differ: a result on one text says nothing about one on another.")
-    if not seeds_of(runs):
-        found.append("One seed for each setting: what another seed would change is not known here.")
+    repeated = {place for group in seeds_of(runs) for place in group.runs}
+    alone = [run.name for place, run in enumerate(runs) if place not in repeated]
+    if alone:
+        which = f" of {', '.join(alone)}" if repeated else " for each setting"
+        found.append(f"One seed{which}: what another seed would change is not known here.")
     return found
 
 

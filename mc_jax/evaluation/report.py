@@ -78,7 +78,7 @@ def write_report(
     sections = [
         section("Result", _result(metrics, held_out, facts)),
         section("Loss", _loss(_plots, metrics, held_out)),
-        section("What the router reads", _router(_plots, router)),
+        section("What the router reads", _router(_plots, router, metrics)),
         section("Sample", _sample(sample_prompt, sample)),
         section("Settings that differ from the defaults", _settings(config_differences)),
         *([section("Settings that changed on the way", _stages(stages))] if stages else []),
@@ -150,7 +150,7 @@ def _loss(plots: Any, metrics: list[dict[str, Any]], held_out: dict[str, float] 
     )
 
 
-def _router(plots: Any, router: RouterPicture | str) -> str:
+def _router(plots: Any, router: RouterPicture | str, metrics: list[dict[str, Any]]) -> str:
     if isinstance(router, str):
         return f"<p>{escape(router)}</p>"
     _, tokens, columns = router.gates.shape
@@ -184,8 +184,28 @@ def _router(plots: Any, router: RouterPicture | str) -> str:
             caption,
         )
         + f"<details><summary>The text that was read</summary><pre>{escape(router.text)}</pre></details>"
-        + ("" if router.shares is None else shares_table(router.shares))
+        + ("" if router.shares is None else _average(plots, router.shares, metrics))
     )
+
+
+def _average(plots: Any, shares: RouterShares, metrics: list[dict[str, Any]]) -> str:
+    """What is read of held-out text on average, while training and at the end."""
+    names = [f"router_cached_share_layer_{layer}" for layer in shares.layers]
+    measured = [line for line in metrics if all(math.isfinite(line.get(name, math.nan)) for name in names)]
+    table = shares_table(shares)
+    if len(measured) < 2:
+        return table
+    steps = np.array([line["step"] for line in measured])
+    of_layers = np.array([[line[name] for name in names] for line in measured])
+    first, last = of_layers.mean(axis=1)[[0, -1]]
+    shown = picture(
+        lambda theme: plots.router_while_training(steps, of_layers, shares.even_cached, theme),
+        plots,
+        f"The share of the reading that cached memories get, from {first:.0%} at step {steps[0]:,} to "
+        f"{last:.0%} at step {steps[-1]:,}; {shares.even_cached:.0%} if all memories were weighed alike",
+        "While it was trained: how much of the reading of held-out text came from cached memories.",
+    )
+    return f'<div class="next">{shown}</div>{table}'
 
 
 def shares_table(shares: RouterShares) -> str:

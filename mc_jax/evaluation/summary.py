@@ -43,7 +43,7 @@ def _summarize(run: Run) -> dict[str, float] | None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(run.model)))
     shares = held_out_shares(run)
     write_result(run, held_out, metrics, parameters, shares)
-    results = {f"held_out_{name}": value for name, value in (held_out or {}).items()}
+    results: dict[str, float | None] = {f"held_out_{name}": value for name, value in (held_out or {}).items()}
     results |= {} if shares is None else shares.metrics()
     record_hparams(run.folder, configs.to_flat_dict(run.config), results, run.step)
     prompt = run.config.evaluation.sample_prompt

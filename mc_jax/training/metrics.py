@@ -85,17 +85,21 @@ class MetricsLog:
 
 
 def record_hparams(
-    run_dir: epath.PathLike, settings: dict[str, Any], results: dict[str, float], step: int
+    run_dir: epath.PathLike, settings: dict[str, Any], results: dict[str, float | None], step: int
 ) -> None:
     """Tell TensorBoard's table of runs (HPARAMS) a run's settings and how it ended, in place of what it knew.
 
     Args:
       run_dir: The run's folder.
       settings: By name.
-      results: Numbers by name; one that is not finite is left out.
+      results: Numbers by name; None, and one that is not finite, are left out.
       step: At which they were measured.
     """
-    finite = {f"final/{name}": value for name, value in results.items() if math.isfinite(value)}
+    finite = {
+        f"final/{name}": value
+        for name, value in results.items()
+        if value is not None and math.isfinite(value)
+    }
     write_hparams(str(epath.Path(run_dir) / TENSORBOARD_FOLDER), settings, finite, step)
 
 

@@ -179,6 +179,10 @@ def test_what_makes_results_unlike_is_said(tmp_path):
     assert group.runs == (1, 3), "one has other settings, one no result"
     assert group.mean == pytest.approx(1.85)
     assert group.standard_error == pytest.approx(0.05), "of two numbers 0.1 apart"
+    assert (
+        "One seed of other, begun: what another"
+        in caveats(read_runs([others[0], first, others[1], second]))[-1]
+    )
     assert "Held-out texts differ" in told("text", hashes={"tokenizer": "t", "held_out_text": "other"})
     of_tokens = told("tokenizer", hashes={"tokenizer": "u", "held_out_text": "other"})
     assert "compare bits per byte, not loss or perplexity" in of_tokens

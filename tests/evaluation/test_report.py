@@ -237,6 +237,17 @@ def test_held_out_losses_while_training_are_dots_in_the_curve(tmp_path):
     assert "Dots: held-out loss" in page.text
 
 
+def test_what_routers_read_while_training_is_a_curve(tmp_path):
+    metrics = _metrics(10)
+    for step in (5, 10):
+        metrics[step - 1] |= {f"router_cached_share_layer_{layer}": 0.9 / step for layer in (1, 3, 4)}
+    metrics[7] |= {f"router_cached_share_layer_{layer}": math.nan for layer in (1, 3, 4)}
+    page = _Page(_write(tmp_path / "run", metrics=metrics).read_text())
+    assert "from 18% at step 5 to 9% at step 10; 70% if all" in page.named("img")[-1]["alt"]
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", _pictures(page)[2])
+    assert {"each layer", "mean of the layers", "all weighed alike"} <= set(labels)
+
+
 def test_long_runs_keep_their_peaks_and_a_small_picture():
     from mc_jax.evaluation import _plots
 

@@ -162,7 +162,7 @@ def test_settings_and_results_are_told_to_tensorboard_once(tmp_path):
     settings = {"model.memory": "delta", "model.top_k": None, "model.layer_pattern": ("memory",), "data.n": 3}
     record_hparams(tmp_path, settings, {"bits": 9.0}, 5)
     (tmp_path / "tensorboard" / "events.of an older one.hparams").write_bytes(b"")
-    record_hparams(tmp_path, settings, {"bits": 1.75, "perplexity": math.inf}, 7)
+    record_hparams(tmp_path, settings, {"bits": 1.75, "perplexity": math.inf, "error": None}, 7)
     files = list((tmp_path / "tensorboard").iterdir())
     assert sorted(path.suffix for path in files) == [".from0", ".hparams"], "an earlier result is in the way"
     (file,) = (path for path in files if path.suffix == ".hparams")
