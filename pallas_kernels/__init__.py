@@ -1,5 +1,6 @@
 """The operations: one folder each, which picks an implementation; they import nothing of mc_jax."""
 
+from pallas_kernels._xla_flags import call_libraries_for_single_products
 from pallas_kernels.chunk_memory import chunk_memory, memory_step
 from pallas_kernels.decode_step import decode_step
 from pallas_kernels.deep_memory import deep_memory, deep_memory_step
@@ -18,3 +19,5 @@ __all__ = [
     "short_convolution",
     "unit_length",
 ]
+
+call_libraries_for_single_products()

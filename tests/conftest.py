@@ -8,6 +8,8 @@ import jax
 import pytest
 from programs import MOST_UNRECORDED, Programs, write_record
 
+import pallas_kernels  # noqa: F401  (sets XLA's flags before JAX starts)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)

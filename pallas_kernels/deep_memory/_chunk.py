@@ -116,7 +116,7 @@ def run_chunks(
     scores = apply_transposed(tokens.q, tokens.k) * shares.between
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT)
     chunk = functools.partial(_chunk, objective=objective, branch=branch, initial=initial)
-    # CSE is prevented though this is a loop's body: of one chunk it is no loop, and XLA then made all NaN.
+    # CSE is prevented though this is a loop's body: of one chunk it is no loop, and CSE would keep all.
     return jax.lax.scan(jax.checkpoint(chunk, policy=policy), state, (tokens, shares, scores))
 
 

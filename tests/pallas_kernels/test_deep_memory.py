@@ -352,3 +352,36 @@ def test_a_run_that_goes_on_from_a_state_is_the_rest_of_the_whole_run(objective,
     assert relative_error(got, expected) < 1e-12
     with pytest.raises(ValueError, match="leave start out"):
         part(slice(L, None), start=state, segment_init="independent")
+
+
+def test_segments_of_one_chunk_are_read_on_cpus_as_operation_by_operation():
+    """At sizes for which XLA calls YNNPACK: without `_xla_flags` reads are wrong, or NaN."""
+    keys = jax.random.split(jax.random.key(0), 8)
+    rows, heads, dim = (4, 512), 4, 16
+    q, k, v = (jax.random.normal(key, (*rows, heads, dim)) for key in keys[:3])
+    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    retention, momentum, step = (jax.nn.sigmoid(jax.random.normal(key, (*rows, heads))) for key in keys[3:6])
+    initial = (
+        0.02 * jax.random.normal(keys[6], (heads, dim, 4 * dim)),
+        0.02 * jax.random.normal(keys[7], (heads, 4 * dim, dim)),
+    )
+
+    def reads(q, k, v):
+        return deep_memory(
+            q,
+            k,
+            v,
+            objective="l2",
+            retention=retention,
+            momentum=momentum,
+            step=0.1 * step,
+            segment_length=64,
+            segment_init="independent",
+            initial_state=initial,
+            chunk_length=64,
+            implementation="xla",
+        )[0]
+
+    with jax.disable_jit():
+        expected = reads(q, k, v)
+    np.testing.assert_allclose(jax.jit(reads)(q, k, v), expected, atol=1e-5)
