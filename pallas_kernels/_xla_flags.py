@@ -1,9 +1,9 @@
 """What XLA must be told before it starts: on CPUs it fuses some operations wrongly.
 
-XLA hands groups of a CPU's operations to the library YNNPACK. In jaxlib 0.12.0.1 a group of more than a single
-product can read memory that nothing has written: a titans memory of depth 2 whose segments are one chunk gave
-numbers that were wrong, or NaN, and differed from run to run (docs/results.md, "XLA on CPUs"). jaxlib 0.11.2
-knows the flag as well.
+XLA hands groups of operations to the library YNNPACK. In jaxlib 0.12.0.1 a group of more than one product can
+read memory that nothing has written: a titans memory of depth 2 whose segments are one chunk gave numbers
+that were wrong, or NaN, and differed from run to run (docs/results.md, "XLA on CPUs"). The flag is known to
+jaxlib 0.11.2 as well.
 """
 
 import os
