@@ -12,7 +12,7 @@ from mc_jax._arguments import UsageError, must_be_run, parse
 from mc_jax.stop_signals import current
 
 if TYPE_CHECKING:
-    from mc_jax.evaluation.tasks.runner import TaskResult
+    from mc_jax.evaluation.tasks.results import TaskResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class TasksArguments:
     generate: bool = True
     """Generate text, too; without it log-likelihoods alone, which is faster."""
     output: Path | None = None
-    """Folder to be made, with results.json and samples.jsonl."""
+    """Folder to be made, with tasks.html, results.json and samples.jsonl."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object instead of tables."""
 
@@ -52,8 +52,8 @@ def tasks(arguments: Sequence[str]) -> None:
 
     from mc_jax.data.files import remove_unfinished
     from mc_jax.evaluation.tasks import TASKS
+    from mc_jax.evaluation.tasks.results import TaskSettings
     from mc_jax.evaluation.tasks.runner import (
-        TaskSettings,
         check_settings,
         must_be_new,
         results_text,
@@ -92,12 +92,14 @@ def tasks(arguments: Sequence[str]) -> None:
         return
     _print_tables(chosen.run, results)
     if chosen.output is not None:
-        print(f"prompts, answers and scores of each sample: {chosen.output / 'samples.jsonl'}")
+        print(f"page: {chosen.output / 'tasks.html'}; each sample: {chosen.output / 'samples.jsonl'}")
 
 
 def _print_tables(run: str, results: Sequence["TaskResult"]) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from mc_jax.evaluation.tasks.page import shown
 
     # Wide where nobody's terminal says how wide, so that a name is not broken up.
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -106,21 +108,17 @@ def _print_tables(run: str, results: Sequence["TaskResult"]) -> None:
         names = list(whole[0].means)
         table = Table("tokens", "samples", *names, title=f"{run}: {result.settings.task}")
         for cell in whole:
-            shown = (cell.means[name] for name in names)
-            table.add_row(f"{cell.length:,}", str(cell.samples), *(_shown(mean) for mean in shown))
+            means = (shown(cell.means[name]) for name in names)
+            table.add_row(f"{cell.length:,}", str(cell.samples), *means)
         console.print(table)
         depths = sorted({cell.depth for cell in result.cells if cell.depth is not None})
         if not depths:
             continue
         values = {(cell.length, cell.depth): cell.means for cell in result.cells}
-        shown = [name for name in names[:2] if name != "greedy"]
-        by_depth = Table("depth", *(f"{cell.length:,} tokens" for cell in whole), title=", ".join(shown))
+        measures = [name for name in names[:2] if name != "greedy"]
+        by_depth = Table("depth", *(f"{cell.length:,} tokens" for cell in whole), title=", ".join(measures))
         for depth in depths:
             cells = (values.get((cell.length, depth), {}) for cell in whole)
-            texts = (", ".join(f"{means[name].value:.2f}" for name in shown if means) for means in cells)
+            texts = (", ".join(f"{means[name].value:.2f}" for name in measures if means) for means in cells)
             by_depth.add_row(f"{depth:.0%}", *texts)
         console.print(by_depth)
-
-
-def _shown(mean) -> str:
-    return f"{mean.value:.3f}" + ("" if mean.stderr is None else f" ± {mean.stderr:.3f}")

@@ -17,7 +17,8 @@ from mc_jax.data.documents import Document, tokenize
 from mc_jax.data.store import memory_store
 from mc_jax.data.tokenizer import train_bpe
 from mc_jax.evaluation.tasks import runner
-from mc_jax.evaluation.tasks.runner import TaskSettings, run_task, write_results
+from mc_jax.evaluation.tasks.results import TaskSettings
+from mc_jax.evaluation.tasks.runner import run_task, write_results
 from mc_jax.nn import LanguageModel
 from mc_jax.training import run as runs
 from mc_jax.training.run import Run
@@ -84,6 +85,11 @@ def test_the_command_writes_results_and_every_sample_whole(run, tmp_path, capsys
     np.testing.assert_allclose(mean["stderr"], np.std(values, ddof=1) / math.sqrt(3))
     by_depth = {cell["depth"]: cell["samples"] for cell in passkey["cells"] if cell["length"] == 400}
     assert by_depth == {None: 3, 0.0: 1, 0.1: 1, 0.2: 1}
+
+    page = (output / "tasks.html").read_text()
+    assert page.count("<section>") == 2
+    assert page.count("<figure>") == 1, "a task with depths has a picture, one without has none"
+    assert "mean ± standard error" in page
 
 
 def test_the_same_is_asked_again_and_json_is_one_line(run, capsys):

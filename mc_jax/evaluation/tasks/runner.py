@@ -16,6 +16,8 @@ import mc_jax
 from mc_jax.data.files import json_text, new_folder, write_json, write_text
 from mc_jax.evaluation.result import checkpoint_hash, commit_of
 from mc_jax.evaluation.tasks import TASKS
+from mc_jax.evaluation.tasks.page import tasks_page
+from mc_jax.evaluation.tasks.results import Cell, Mean, TaskResult, TaskSettings
 from mc_jax.evaluation.tasks.sample import (
     Ask,
     RowSample,
@@ -32,65 +34,7 @@ from mc_jax.training.seal import make_seal
 
 SAMPLES_FILE = "samples.jsonl"
 RESULTS_FILE = "results.json"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """What is asked of a model."""
-
-    task: str
-    """A name in `TASKS`."""
-    lengths: tuple[int, ...]
-    """Tokens of prompt and answer together, at most."""
-    samples: int = 20
-    """Of each length."""
-    seed: int = 0
-    """Draws the samples."""
-    alternatives: int = 9
-    """Wrong answers that the right one is ranked among."""
-    batch_size: int = 8
-    """Samples read together."""
-    documents: Path | None = None
-    """JSONL file for tasks that read documents; None: generated ones."""
-    generate: bool = True
-    """Whether text is generated, too; log-likelihoods are always there."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mean:
-    """A mean over samples."""
-
-    value: float
-    stderr: float | None
-    """Standard error; None with one sample."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """Results of the samples of one length, of all depths or of one."""
-
-    length: int
-    """As asked."""
-    depth: float | None
-    """In tenths; None: all samples of the length."""
-    samples: int
-    means: dict[str, Mean]
-    """By the name of what was measured."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """What a model is worth in a task."""
-
-    settings: TaskSettings
-    metric: str
-    """How generated text was judged."""
-    cells: tuple[Cell, ...]
-    """Of each length, then of each length and depth."""
-    samples: tuple[dict[str, Any], ...]
-    """One JSON object a sample: prompt, answers, scores, hashes."""
-    prompts_sha256: str
-    """SHA-256 over all prompts: equal where the same was asked."""
+PAGE_FILE = "tasks.html"
 
 
 def run_task(run: Run, settings: TaskSettings, *, told: Callable[[str], None] = lambda _: None) -> TaskResult:
@@ -189,7 +133,7 @@ def check_settings(settings: TaskSettings) -> None:
 
 
 def write_results(run: Run, results: Sequence[TaskResult], folder: Path) -> None:
-    """Write `results.json` and `samples.jsonl` into a new folder, which is there whole or not at all.
+    """Write `results.json`, `samples.jsonl` and `tasks.html` into a new folder, whole or not at all.
 
     Raises:
       ValueError: the folder is there already.
@@ -198,6 +142,7 @@ def write_results(run: Run, results: Sequence[TaskResult], folder: Path) -> None
     with new_folder(folder) as partial:
         write_json(partial / RESULTS_FILE, describe(run, results))
         lines = [json.dumps(line, ensure_ascii=False) for result in results for line in result.samples]
+        write_text(partial / PAGE_FILE, tasks_page(run.folder.name, results))
         write_text(partial / SAMPLES_FILE, "".join(f"{line}\n" for line in lines))
 
 
@@ -226,7 +171,7 @@ def describe(run: Run, results: Sequence[TaskResult]) -> dict[str, Any]:
                 **{name: _plain(value) for name, value in dataclasses.asdict(result.settings).items()},
                 "metric": result.metric,
                 "prompts_sha256": result.prompts_sha256,
-                "sources": _sources(result),
+                "sources": result.sources(),
                 "cells": [dataclasses.asdict(cell) for cell in result.cells],
             }
             for result in results
@@ -236,14 +181,6 @@ def describe(run: Run, results: Sequence[TaskResult]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-def _sources(result: TaskResult) -> dict[str, list[str]]:
-    found: dict[str, set[str]] = collections.defaultdict(set)
-    for line in result.samples:
-        for kind, source in line["sources"].items():
-            found[kind].add(source)
-    return {kind: sorted(sources) for kind, sources in found.items()}
 
 
 def _text_lines(
