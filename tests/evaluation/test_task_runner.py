@@ -117,7 +117,7 @@ def test_a_failure_while_writing_leaves_nothing_half_written(loaded, tmp_path, m
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--tasks passky", "there is no task 'passky'; known are mqar, passkey, s-niah-1"),
+        ("--tasks passky", "there is no task 'passky'; known are mqar, mad-recall, "),
         ("--tasks", "--tasks"),
         ("--tasks mqar mqar", "--tasks are mqar mqar; name one or more, each once, or all"),
         ("--tasks mqar --samples 0", "samples is 0; set it to 1 or more"),

@@ -79,7 +79,7 @@ def test_a_sample_is_as_long_as_asked_and_never_longer(name, length, bytewise, b
         assert sample.sources, "a sample must say where its text is from"
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "mqar"])
+@pytest.mark.parametrize("name", [name for name in TASKS if not name.startswith(("mqar", "mad"))])
 def test_a_length_without_room_is_refused_with_the_length_that_has_it(name):
     with pytest.raises(ValueError, match=r"length of 60 tokens is too short.*set --length to (\d+) or more"):
         TASKS[name].draw(ask(60))
@@ -272,6 +272,39 @@ def test_mqar_asks_after_gaps_of_zoologys_distribution():
     counts = np.bincount(slots, minlength=14)
     chi_square = np.sum((counts - expected) ** 2 / expected)
     assert chi_square < 34.5, "of 13 degrees of freedom: less likely than one in a thousand"
+
+
+@pytest.mark.parametrize("name", ["mad-recall", "mad-noisy-recall"])
+def test_mad_asks_for_each_value_that_was_told_before(name):
+    noise = 0
+    for index in range(20):
+        sample = TASKS[name].draw(ask(128, index))
+        pairs = np.append(sample.tokens, sample.targets[-1]).reshape(64, 2)
+        told, expected = {}, {}
+        for place, (key, value) in enumerate(pairs):
+            if key >= 16:
+                assert value >= 16, "noise comes two by two"
+                noise += 1
+                continue
+            assert key < 8 <= value < 16
+            if key in told:
+                assert told[key] == value, "a key has two values"
+                expected[2 * place] = value
+            told[key] = value
+        assert expected == dict(zip(sample.places, sample.targets, strict=True))
+        assert sample.places[-1] == 126, "the last key of a row is asked for"
+    assert abs(noise / (20 * 64) - (0.2 if "noisy" in name else 0)) < 0.05
+
+
+def test_selective_copying_asks_for_the_symbols_in_their_order():
+    sample = TASKS["mad-selective-copying"].draw(ask(256))
+    told, sign, blanks = sample.tokens[:239], sample.tokens[239], sample.tokens[240:]
+    np.testing.assert_array_equal(told[told != 14], sample.targets)
+    assert sign == 15
+    assert set(blanks) == {14}
+    np.testing.assert_array_equal(sample.places, np.arange(240, 256))
+    with pytest.raises(ValueError, match="set --length to 34 or more"):
+        TASKS["mad-selective-copying"].draw(ask(33))
 
 
 def test_where_packages_are_installed_samples_are_of_them(monkeypatch, tmp_path):
