@@ -16,9 +16,9 @@ def all_devices(config: Config) -> Generator[None]:
 
     They split the windows of a batch and, as far as that divides its width evenly, the model's weights.
     """
-    devices = jax.device_count()
-    if devices == 1:
+    devices = jax.devices()
+    if len(devices) == 1:
         yield
         return
-    with jax.set_mesh(make_mesh(MeshConfig(fsdp=math.gcd(devices, config.model.model_dim)))):
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=math.gcd(len(devices), config.model.model_dim)), devices)):
         yield

@@ -1,5 +1,6 @@
 """A trained model read otherwise is the model of those settings with its weights: the reference says so."""
 
+import contextlib
 import dataclasses
 import inspect
 
@@ -14,6 +15,7 @@ from mc_jax.config import differences
 from mc_jax.evaluation.core import held_out_text, measure
 from mc_jax.evaluation.dial import DIAL, turn, turned_config
 from mc_jax.evaluation.modes import Windows
+from mc_jax.training.losses import _compiled
 
 CELLS = {
     "gated read sparsely": ({"memory": "delta"}, {"model.aggregation": "sparse", "model.top_k": 1}),
@@ -54,15 +56,24 @@ _SETTINGS = [
 ]  # fmt: skip
 
 
+@contextlib.contextmanager
+def mixers_of_the_reference():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mc_jax.nn.mixer.memory, "forward", by_the_reference)
+        _compiled.cache_clear()
+        yield
+    _compiled.cache_clear()
+
+
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_cell_is_what_the_reference_says_of_its_settings(cell, monkeypatch):
+def test_a_cell_is_what_the_reference_says_of_its_settings(cell):
     trained, changes = CELLS[cell]
     run = run_of(**trained)
     turned = turn(run, changes)
     store, mode = held_out_text(run.dataset, "the test"), Windows(length=40, stride=20)
     found = measure(turned, store, mode)
-    monkeypatch.setattr(mc_jax.nn.mixer.memory, "forward", by_the_reference)
-    expected = measure(turned, store, mode)
+    with mixers_of_the_reference():
+        expected = measure(turned, store, mode)
     np.testing.assert_allclose(found.sums.nats, expected.sums.nats, rtol=2e-5)
     for name, value in changes.items():
         assert found.turned[name][1] == value, "a result says what differs from training"

@@ -1,7 +1,7 @@
 """`mc-jax eval`: what it prints, writes and refuses."""
 
-import contextlib
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +50,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def one_device(request, monkeypatch):
-    """Of the eight that tests have, for most: a program for more takes longer to compile."""
-    if "eight" not in request.node.name:
-        monkeypatch.setattr("mc_jax.evaluation.devices.all_devices", lambda _: contextlib.nullcontext())
+def few_devices(request, monkeypatch):
+    """Of the eight that tests have two for one test, and one for the others: more take longer to compile."""
+    count = 2 if "two_devices" in request.node.name else 1
+    seen = types.SimpleNamespace(devices=lambda: jax.devices()[:count], set_mesh=jax.set_mesh)
+    monkeypatch.setattr("mc_jax.evaluation.devices.jax", seen)
 
 
 def said(capsys, *words) -> str:
@@ -66,11 +67,11 @@ def refused(capsys, *words) -> str:
     return capsys.readouterr().err
 
 
-def test_a_run_alone_is_measured_as_its_training_does_on_eight_devices(folder, capsys):
+def test_a_run_alone_is_measured_as_its_training_does_on_two_devices(folder, capsys):
     found, expected = json.loads(said(capsys, folder / "run", "--json")), evaluate_run(folder / "run")
     assert found["step"] == 2
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=1e-5), "eight devices find what one does"
+        assert found[name] == pytest.approx(value, rel=1e-5), "two devices find what one does"
 
 
 def test_the_dial_is_turned_and_told_and_written(folder, capsys, tmp_path):

@@ -4,12 +4,14 @@ Shapes: B documents of a batch, T tokens of a chunk.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from mc_jax.caching import Storage
 from mc_jax.caching.aggregations import AGGREGATIONS
@@ -19,7 +21,7 @@ from mc_jax.data.windows import Window, example_of, num_pairs
 from mc_jax.evaluation.modes._interface import Scored, cache_bytes
 from mc_jax.nn import LanguageModel
 from mc_jax.parallel import has_mesh
-from mc_jax.training.step import losses_of_features, merge_model, split_model
+from mc_jax.training.step import Parameters, losses_of_features, merge_model, split_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,17 +62,8 @@ class Stream:
             raise ValueError("mode 'stream' reads on one device; leave the mesh before")
         self._must_have_places(model, store)
         graph, parameters = split_model(model)
-
-        def extend(parameters, caches, batch):
-            model = merge_model(graph, parameters)
-            x, caches = model.extend(batch["inputs"], caches)
-            return losses_of_features(model, x, batch), caches
-
-        extend = jax.jit(extend, donate_argnums=1)
-        begin = jax.jit(
-            lambda parameters, length: merge_model(graph, parameters).begin(batch_size, length, self.storage),
-            static_argnums=1,
-        )
+        batch_size = min(batch_size, len(store))  # a row without a document costs as much as one with
+        begin, extend = _compiled(graph, batch_size, self.storage)
         by_length = sorted(range(len(store)), key=lambda document: num_pairs(store, document))
         for documents in itertools.batched(by_length, batch_size):
             longest = num_pairs(store, documents[-1])
@@ -121,6 +114,21 @@ class Stream:
         ]
         rows += [padding] * (size - len(rows))
         return {name: np.stack([row[name] for row in rows]) for name in padding}
+
+
+@functools.lru_cache(maxsize=16)  # a sweep measures one model in many ways
+def _compiled(graph: nnx.GraphDef, batch_size: int, storage: Storage) -> tuple[Callable, Callable]:
+    """From parameters and a length the first caches; from these and a batch, its losses and the next ones."""
+
+    def begin(parameters: Parameters, length: int) -> Any:
+        return merge_model(graph, parameters).begin(batch_size, length, storage)
+
+    def extend(parameters: Parameters, caches: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
+        model = merge_model(graph, parameters)
+        x, caches = model.extend(batch["inputs"], caches)
+        return losses_of_features(model, x, batch), caches
+
+    return jax.jit(begin, static_argnums=1), jax.jit(extend, donate_argnums=1)
 
 
 def _scored(windows: list[Window], losses: jax.Array) -> Iterator[Scored]:
