@@ -81,12 +81,10 @@ def test_prompts_and_batches_are_filled_up_to_one_program_which_changes_nothing(
     assert scoring._answers._cache_size() == compiled, "prompts and batches are not filled up to one shape"
 
 
-def test_the_likeliest_token_is_greedy_and_what_is_generated_first():
+def test_the_likeliest_token_is_greedy():
     judge = Judge(model=model(), tokenizer=TOKENIZER, batch_size=2)
     prompt = SAMPLES[0].tokens
     likeliest = int(np.argmax(jax.jit(lambda tokens: judge.model(tokens))(prompt[None])[0, -1]))
-    ((said, _),) = generations(judge, TASK, SAMPLES[:1])
-    assert said.tokens[0] == likeliest
     graph, parameters = nnx.split(judge.model)
     rows = np.zeros((2, 64), np.int32)
     rows[:, : len(prompt)] = prompt
@@ -94,6 +92,22 @@ def test_the_likeliest_token_is_greedy_and_what_is_generated_first():
     answers = np.full((3, 2, 48), likeliest, np.int32)
     _, greedy = scoring._answers(graph, parameters, rows, np.full(2, len(prompt), np.int32), answers)
     assert greedy[:, :, 0].all()
+
+
+def test_each_sample_gets_what_was_generated_for_it(monkeypatch):
+    """Batches are of one size and in order of length; what a model says is here the prompt again."""
+    sizes = []
+
+    def echo(model, prompts, *, tokens, temperature):
+        assert (tokens, temperature) == (12, 0.0)
+        sizes.append([len(prompt) for prompt in prompts])
+        return np.stack([np.resize(prompt[1:], tokens) for prompt in prompts])
+
+    monkeypatch.setattr(scoring, "generate", echo)
+    said = generations(Judge(model=model(), tokenizer=TOKENIZER, batch_size=2), TASK, SAMPLES)
+    assert sizes == [[2, 21], [44, 44]], sizes
+    assert [one.text[:3] for one, _ in said] == ["the", "xxx", "she"]
+    assert [score for _, score in said] == [0.0, 0.0, 0.0]
 
 
 def test_rows_are_read_at_their_places_as_one_alone():
