@@ -22,6 +22,14 @@ TINY = [
     *("--training.warmup-steps", "1", "--evaluation.batch-size", "64", "--evaluation.tokens", "512"),
     *("--evaluation.stride", "128", "--evaluation.sample-tokens", "4"),
 ]
+# Each compiles a program of its own, which tests/evaluation has: one of them is run.
+OPTIONS_OF_EVAL = (
+    "--step",
+    "--mode",
+    "--model.aggregation none",
+    "--model.segment-length",
+    "--model.segmentation",
+)
 # What is appended to a command, by how it begins; the longest that fits counts. None: not run at all.
 APPENDED: dict[str, list[str] | None] = {
     "scripts/train": TINY,
@@ -32,8 +40,16 @@ APPENDED: dict[str, list[str] | None] = {
     "scripts/gpu_check": ["--help"],
     "mc-jax train": ["--help"],
     "mc-jax train quickstart --name mine": TINY,
-    "mc-jax eval": [],
-    "mc-jax eval gs:": ["--help"],
+    "mc-jax eval": ["--help"],
+    "mc-jax eval runs/quickstart": [],
+    "mc-jax eval runs/quickstart runs/residual": ["--help"],
+    **{f"mc-jax eval runs/quickstart {option}": ["--help"] for option in OPTIONS_OF_EVAL},
+    "mc-jax tasks": ["--help"],
+    "mc-jax tasks runs/quickstart --tasks passkey s-niah-1": [
+        *("--length", "512", "--samples", "1"),
+        "--no-generate",
+    ],
+    "mc-jax tasks runs/quickstart --tasks passkey s-niah-1 --length": ["--help"],
     "mc-jax generate": ["--tokens", "4"],
     "mc-jax generate gs:": ["--help"],
     "mc-jax prepare": ["--vocab-size", "270"],
@@ -45,6 +61,7 @@ APPENDED: dict[str, list[str] | None] = {
     "python -m": ["--help"],
 }
 FOREIGN = ("docker", "gcloud", "sbatch", "sky", "tensorboard", "xpk")
+pytestmark = pytest.mark.xdist_group("fresh clone")  # one worker: they share it
 TEXT = "the sea was calm and the wind came from the west; she walked along the shore. " * 200
 
 

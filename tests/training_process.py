@@ -129,6 +129,7 @@ def _run(
     seconds_a_step: float,
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     StopSignals().__enter__()  # whose output is there listens
     stop_signals._SECONDS_TO_END = 5.0  # where TensorStore waits for a folder that was deleted
     opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -27,11 +27,10 @@ def workplace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(workplace):
     """A run that was trained while others read it, and the steps that they read."""
-    training = start(
-        workplace, "train", "tiny.py", "--name", "beside", "--training.keep-checkpoints", "2", output="beside"
-    )
-    run = epath.Path(workplace / "runs" / "beside")
     _, like = new_state(load_recipe(str(workplace / "tiny.py"))[2], vocab_size=257)
+    words = ("train", "tiny.py", "--name", "beside", "--training.keep-checkpoints", "2")
+    training = start(workplace, *words, output="beside", seconds_a_step=0.3)
+    run = epath.Path(workplace / "runs" / "beside")
     read = []
     while training.process.is_alive():
         loaded = load_newest(run, like)
