@@ -189,6 +189,10 @@ def test_a_refused_write_is_told_in_a_line_and_the_last_good_step_stays(run, cap
     assert told.value.filename == str(run / "checkpoints")
     assert "that of step 1 is kept" in str(told.value)
     assert capfd.readouterr().err == "", "no traceback out of a thread"
+    with Checkpoints(run) as checkpoints:  # what a thread of Orbax's wrote after the error is cleared away
+        loaded = checkpoints.restore(state_of(0))
+    assert loaded is not None
+    assert loaded.step == 1
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "digests-after-0"]
 
 

@@ -97,7 +97,8 @@ class Checkpoints:
                     self._held.clear()
                 with contextlib.suppress(Exception):
                     self._count_held()
-                    self._wait_for(self._worker.submit(lambda: None))  # and for all that is written
+                with contextlib.suppress(Exception):
+                    self._wait_for(self._worker.submit(lambda: None))  # for all that it was given before
         finally:
             self._worker.shutdown(wait=False)
             # Another process may still write its digest.
