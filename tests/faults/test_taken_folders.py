@@ -118,6 +118,8 @@ def test_a_folder_that_is_deleted_while_it_trains_ends_the_run_in_one_line(workp
     told = "mc-jax: error: runs/gone was deleted or moved while it trained; what was not saved before is lost"
     # One in five times TensorStore's threads print beside it that asyncio's loop is closed.
     assert any(told in line for line in started.lines()), started.lines()
+    frames = [line for line in started.lines() if 'File "' in line]
+    assert all("asyncio/base_events.py" in line for line in frames), "a traceback of another kind"
     # A checkpoint that was being written may have made its folder anew: it counts whole, or not at all.
     started = train(workplace, "gone")
     assert started.end() == 0, started.lines()
