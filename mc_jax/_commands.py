@@ -15,6 +15,7 @@ from mc_jax._compare_command import compare
 from mc_jax._eval_command import evaluate, shown
 from mc_jax._plan_command import plan
 from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
+from mc_jax._sweep_command import sweep
 from mc_jax._task_command import tasks
 from mc_jax.config import Config, validate
 from mc_jax.stop_signals import current
@@ -261,6 +262,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": plan,
     "train": train,
     "eval": evaluate,
+    "sweep": sweep,
     "tasks": tasks,
     "generate": generate,
     "compare": compare,

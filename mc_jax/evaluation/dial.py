@@ -40,11 +40,7 @@ def turn(run: Run, changes: Mapping[str, Any]) -> Run:
     there = split_model(run.model)[1]
     missing = _missing(wanted, there)
     if missing:
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
-        raise ValueError(
-            f"model.aggregation {config.model.aggregation!r} needs weights that {run.folder} was not trained "
-            f"with ({', '.join(missing)}); train them: mc-jax train RECIPE --name NAME {flags}"
-        )
+        raise _needs_weights(str(run.folder), config, missing, changes)
     model = merge_model(graph, _part(wanted, there))
     return dataclasses.replace(run, config=config, model=model, trained=run.trained or run.config)
 
@@ -96,6 +92,35 @@ def turned_config(config: Config, changes: Mapping[str, Any]) -> Config:
             data=dataclasses.replace(config.data, **by_section["data"]),
             evaluation=dataclasses.replace(config.evaluation, **by_section["evaluation"]),
         )
+    )
+
+
+def must_have_weights(folder: str, trained: Config, changes: Mapping[str, Any]) -> None:
+    """See that a model trained with these settings has the weights that the turned ones need; none is read.
+
+    Args:
+      folder: the run's, to name it.
+      trained: its settings.
+      changes: as of `turn`.
+
+    Raises:
+      ValueError: as `turn`.
+    """
+    turned = turned_config(trained, changes)
+    there, wanted = (_shapes(config) for config in (trained, turned))
+    if missing := _missing(wanted, there):
+        raise _needs_weights(folder, turned, missing, changes)
+
+
+def _shapes(config: Config) -> Parameters:
+    return jax.eval_shape(drawing(config, vocab_size=2)[1]).parameters  # of any vocabulary, as all have one
+
+
+def _needs_weights(folder: str, config: Config, missing: list[str], changes: Mapping[str, Any]) -> ValueError:
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
+    return ValueError(
+        f"model.aggregation {config.model.aggregation!r} needs weights that {folder} was not trained "
+        f"with ({', '.join(missing)}); train them: mc-jax train RECIPE --name NAME {flags}"
     )
 
 

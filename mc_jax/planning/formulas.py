@@ -9,7 +9,8 @@ Forward, of a token; a multiplication and an addition are two.
   errors are written, what it takes to make them: delta and titans k M, 2KV; an MLP's hidden features 2KE and
   their gradient 2EV, and for titans, and wherever the branch is bounded, its output, 2EV more;
 - cached reads, per head: 2AB for each memory that is read: of the n segments before the token's own all n, or
-  top_k of them if fewer; and, with a router, 2V for each of the n scores;
+  top_k of them if fewer, or with logarithmic segmentation a group for each 1 among the binary digits of n;
+  and, with a router, 2V for each of the n scores;
 - attention: 4D for each token that is seen, its own included: the causal half, or a window.
 
 Backward is twice as much. What is computed again to save memory is not counted, and neither are norms,
@@ -17,6 +18,7 @@ convolutions, gates and the optimizer. That less is read after a document's end 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from mc_jax.config import Config, ModelConfig
@@ -56,8 +58,14 @@ class Flops:
         return self.tokens * self.token
 
 
-def flops_of(config: Config, parameters: Any) -> Flops:
-    """Return the FLOPs of a step; `parameters` is the model's tree, of arrays or of their shapes."""
+def flops_of(config: Config, parameters: Any, *, places: int | None = None) -> Flops:
+    """Return the FLOPs of a step.
+
+    Args:
+      config: the model, and its rows.
+      parameters: the model's tree, of arrays or of their shapes.
+      places: of each layer for cached memories, where the oldest are forgotten; None: one for each segment.
+    """
     model, length = config.model, config.data.context_length
     maps: dict[str, float] = {}
     for path, leaf in matrices(parameters):
@@ -75,7 +83,7 @@ def flops_of(config: Config, parameters: Any) -> Flops:
     return Flops(
         maps=maps,
         memories=heads * memory_flops(model),
-        cached_reads=heads * cached_flops(model, length),
+        cached_reads=heads * cached_flops(model, length, places),
         attention=attention,
         tokens=config.training.batch_size * length,
     )
@@ -84,7 +92,7 @@ def flops_of(config: Config, parameters: Any) -> Flops:
 def memory_flops(model: ModelConfig) -> float:
     """Write and online read of a token in one head, forward."""
     dim = model.model_dim // model.num_heads
-    flops = sum(4.0 * a * b + 2.0 * model.chunk_length * (a + b) for a, b in _matrices(model))
+    flops = sum(4.0 * a * b + 2.0 * model.chunk_length * (a + b) for a, b in state_matrices(model))
     hidden = 4 * dim
     if model.memory_depth == 2:
         needs_output = model.memory == "titans" or model.memory_branch != "plain"
@@ -94,23 +102,38 @@ def memory_flops(model: ModelConfig) -> float:
     return flops
 
 
-def cached_flops(model: ModelConfig, length: int) -> float:
-    """Reads of cached memories, and their scores, of a row's mean token in one head, forward."""
+def cached_flops(model: ModelConfig, length: int, places: int | None = None) -> float:
+    """Reads of cached memories, and their scores, of a row's mean token in one head, forward.
+
+    `places` is as of `flops_of`.
+    """
     if model.aggregation == "none":
         return 0.0
     dim = model.model_dim // model.num_heads
-    read = sum(2.0 * a * b for a, b in _matrices(model))
+    read = sum(2.0 * a * b for a, b in state_matrices(model))
     scored = 2.0 * dim if model.aggregation in _HAS_ROUTER else 0.0
-    eligible = mean_eligible(length, model.segment_length, None)
-    return read * mean_eligible(length, model.segment_length, model.top_k) + scored * eligible
+    eligible = mean_eligible(length, model.segment_length, places)
+    if model.segmentation == "logarithmic":
+        return read * mean_groups(length, model.segment_length) + scored * eligible
+    most = [number for number in (model.top_k, places) if number is not None]
+    return read * mean_eligible(length, model.segment_length, min(most, default=None)) + scored * eligible
 
 
 def mean_eligible(length: int, segment_length: int, most: int | None) -> float:
     """Segments before a token's own, at most `most`, in the mean over a row's tokens."""
+    return _mean(length, segment_length, lambda before: before if most is None else min(before, most))
+
+
+def mean_groups(length: int, segment_length: int) -> float:
+    """Groups of logarithmic segmentation before a token's own segment, in the mean over a row's tokens."""
+    return _mean(length, segment_length, int.bit_count)
+
+
+def _mean(length: int, segment_length: int, memories: Callable[[int], int]) -> float:
+    """Memories that a row's mean token has, from those of a token with so many segments before its own."""
     total = 0
     for start in range(0, length, segment_length):
-        before = start // segment_length
-        total += min(segment_length, length - start) * (before if most is None else min(before, most))
+        total += min(segment_length, length - start) * memories(start // segment_length)
     return total / length
 
 
@@ -121,10 +144,11 @@ def mean_seen(length: int, window: int | None) -> float:
     return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
-def _layers(model: ModelConfig, kind: str) -> int:
-    return model.num_layers * model.layer_pattern.count(kind) // len(model.layer_pattern)
-
-
-def _matrices(model: ModelConfig) -> list[tuple[int, int]]:
+def state_matrices(model: ModelConfig) -> list[tuple[int, int]]:
+    """The sizes of the matrices that are one head's memory."""
     dim = model.model_dim // model.num_heads
     return [(dim, 4 * dim), (4 * dim, dim)] if model.memory_depth == 2 else [(dim, dim)]
+
+
+def _layers(model: ModelConfig, kind: str) -> int:
+    return model.num_layers * model.layer_pattern.count(kind) // len(model.layer_pattern)
