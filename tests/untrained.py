@@ -6,13 +6,25 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, validate
+from mc_jax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainingConfig,
+    validate,
+)
 from mc_jax.data.dataset import Dataset
 from mc_jax.data.documents import Document, tokenize
+from mc_jax.data.prepare import prepare
 from mc_jax.data.store import TokenStore, memory_store
 from mc_jax.data.tokenizer import ByteTokenizer
 from mc_jax.nn import LanguageModel
-from mc_jax.training.run import Run
+from mc_jax.parallel import make_mesh
+from mc_jax.training.checkpoint import Checkpoints
+from mc_jax.training.run import Run, new_state
+from mc_jax.training.run_folder import opened
 
 TINY = {
     "num_layers": 1,
@@ -55,3 +67,33 @@ def run_of(texts=TEXTS, context_length: int = 32, **model) -> Run:
     store = store_of(texts)
     dataset = Dataset(tokenizer=ByteTokenizer(), train=store, held_out=store)
     return Run(epath.Path("runs/untrained"), config, dataset, model_of(config), step=7)
+
+
+WORDS = "the sea was calm and the wind came from the west; she walked along the shore. "
+
+
+def kept_run(folder, name: str = "run", **model) -> epath.Path:
+    """The folder of a run with two checkpoints, 1 and 2, as a training leaves it, and text.txt beside it."""
+    (folder / "text.txt").write_text(WORDS * 8)
+    (folder / "held.txt").write_text(WORDS[::-1] * 2)
+    if not (folder / "store").exists():
+        prepare([folder / "text.txt"], folder / "store", held_out=[folder / "held.txt"], tokenizer="bytes")
+    config = Config(
+        model=ModelConfig(**TINY | model),
+        data=DataConfig(corpus=str(folder / "store"), tokenizer=None, context_length=32),
+        training=TrainingConfig(steps=2, batch_size=2, warmup_steps=1),
+        evaluation=EvaluationConfig(batch_size=4),
+    )
+    run = epath.Path(folder / name)
+    with (
+        opened(run, config, overwrite=False) as open_run,
+        jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])),
+        Checkpoints(run, seal=open_run.seal) as checkpoints,
+    ):
+        open_run.begin(0)
+        _, state = new_state(config, open_run.dataset.tokenizer.vocab_size)
+        assert checkpoints.restore(state) is None
+        for step in (1, 2):
+            checkpoints.save(step, state, {"loss": jnp.float32(5.0)}, force=True)
+            checkpoints.confirm(step)
+    return run

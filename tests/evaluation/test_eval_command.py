@@ -4,48 +4,18 @@ import json
 import types
 
 import jax
-import jax.numpy as jnp
 import pytest
-from etils import epath
-from untrained import TINY
+from untrained import WORDS, kept_run
 
 from mc_jax.cli import main
-from mc_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, TrainingConfig
-from mc_jax.data.prepare import prepare
 from mc_jax.evaluation.perplexity import evaluate_run
-from mc_jax.parallel import make_mesh
-from mc_jax.training.checkpoint import Checkpoints
-from mc_jax.training.run import new_state
-from mc_jax.training.run_folder import opened
-
-WORDS = "the sea was calm and the wind came from the west; she walked along the shore. "
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two checkpoints of one run, as a training leaves them, and a text file."""
     folder = tmp_path_factory.mktemp("eval")
-    (folder / "text.txt").write_text(WORDS * 8)
-    (folder / "held.txt").write_text(WORDS[::-1] * 2)
-    prepare([folder / "text.txt"], folder / "store", held_out=[folder / "held.txt"], tokenizer="bytes")
-    config = Config(
-        model=ModelConfig(**TINY),
-        data=DataConfig(corpus=str(folder / "store"), tokenizer=None, context_length=32),
-        training=TrainingConfig(steps=2, batch_size=2, warmup_steps=1),
-        evaluation=EvaluationConfig(batch_size=4),
-    )
-    run = epath.Path(folder / "run")
-    with (
-        opened(run, config, overwrite=False) as open_run,
-        jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])),
-        Checkpoints(run, seal=open_run.seal) as checkpoints,
-    ):
-        open_run.begin(0)
-        _, state = new_state(config, open_run.dataset.tokenizer.vocab_size)
-        assert checkpoints.restore(state) is None
-        for step in (1, 2):
-            checkpoints.save(step, state, {"loss": jnp.float32(5.0)}, force=True)
-            checkpoints.confirm(step)
+    kept_run(folder)
     return folder
 
 

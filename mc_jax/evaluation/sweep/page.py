@@ -110,9 +110,9 @@ def _against_memory(views: Sequence[View]) -> str:
     caption = (
         "Lower is better, further left is smaller. The line joins the ways than which none is at once as "
         "small and better; their names say how the text is read. Ringed: as trained. Bars: one standard "
-        "error of the difference to that, paired. Dotted: what the dial's two ends keep, the run with its caches "
-        "off, and a transformer's KV cache as wide and deep at this length. Bytes are by formula; the table "
-        "has what this program stores."
+        "error of the difference to that, paired. Dotted: what the dial's two ends keep, the run with its "
+        "caches off, and a transformer's KV cache as wide and deep at this length. Bytes are by formula; the "
+        "table has what this program stores."
     )
     return _picture(
         lambda theme, narrow: drawings.scatter(views, (drawings.MEMORY,), theme, narrow),
@@ -124,8 +124,8 @@ def _against_memory(views: Sequence[View]) -> str:
 def _against_work(views: Sequence[View]) -> str:
     caption = (
         "First: what the mathematics asks for, forward, of the mean token. Then: what it took here, "
-        "compiling left out, for each scored token (overlapping windows read some twice); it changes with the machine "
-        "and with what else that does. Dotted: the dial's two ends."
+        "compiling left out, for each scored token (overlapping windows read some twice); it changes with "
+        "the machine and with what else that does. Dotted: the dial's two ends."
     )
     return _picture(
         lambda theme, narrow: drawings.scatter(views, (drawings.FLOPS, drawings.TIME), theme, narrow),

@@ -1,0 +1,214 @@
+"""The dial's page: it needs no other file, says what was found, and is sorted, filtered and fits a phone."""
+
+import html
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from mc_jax.evaluation.sweep.page import dial_page
+from mc_jax.evaluation.sweep.runner import Outcome
+from mc_jax.evaluation.sweep.table import rows_of
+from mc_jax.evaluation.sweep.view import bytes_in_words, pareto
+
+
+def _result(mode="windows", aggregation="gated", segment=64, length=512, bits=1.9, memory=600_000, **more):
+    is_own = (aggregation, segment, length) == ("gated", 64, 512)
+    tokens = np.full(40, 100)
+    nats = tokens * bits + np.sin(np.arange(40) + bits)
+    routed = aggregation in ("gated", "sparse")
+    layer = {"cached_share": 0.4, "entropy": 1.0, "relative_entropy": 0.8, "share_by_distance": [0.4]}
+    buckets = [
+        {"from": first, "to": 2 * first, "bits_per_byte": bits + 3 / (first + 1)}
+        for first in (0, 1, 3, 7, 15)
+    ]
+    return {
+        "run": "runs/<quick>",
+        "step": 440,
+        "is_own": is_own,
+        "settings": {
+            "mode": mode,
+            "aggregation": aggregation,
+            "segment_length": segment,
+            "top_k": 1 if aggregation == "sparse" else None,
+            "segmentation": "constant",
+            "context_length": length,
+        },
+        "measurement": {
+            "bits_per_byte": bits,
+            "bits_per_byte_standard_error": 0.01,
+            "loss": 3 * bits,
+            "perplexity": 40.0,
+            "word_perplexity": 90.0,
+            "tokens": 4000,
+            "bytes": 12000,
+            "words": 2000,
+            "documents": 40,
+            "seconds": 1.5 + memory / 1e6,
+            "cache_bytes": memory + 5000,
+            "hashes": {"checkpoint": "c" * 64, "tokenizer": "t" * 64, "text": "e" * 64},
+            "standard_error_over": "40 documents",
+            "units": {
+                "block_length": None,
+                "nats": nats.tolist(),
+                "tokens": tokens.tolist(),
+                "bytes": (3 * tokens).tolist(),
+                "words": tokens.tolist(),
+            },
+            **({"by_position": buckets} if mode == "by-position" else {}),
+        },
+        "first_batch_seconds": 1.0,
+        "costs": {
+            "cell": {"memory_bytes": memory, "flops_per_token": 4e6 + memory},
+            "attention": {"memory_bytes": 3072 * length, "flops_per_token": 5e6},
+            "recurrence": {"memory_bytes": 73_000, "flops_per_token": 3.9e6},
+        },
+        "router": {"even_cached_share": 0.7, "layers": [{"layer": 1, **layer}, {"layer": 2, **layer}]}
+        if routed
+        else None,
+        "command": f"mc-jax eval 'runs/<quick>' --model.aggregation {aggregation}",
+        "device": "cpu",
+        "devices": 1,
+    } | more
+
+
+RESULTS = [
+    _result(),
+    _result(segment=32, bits=1.893, memory=1_200_000),
+    _result(length=2048, bits=1.905, memory=2_400_000),
+    _result(aggregation="sparse", bits=1.91),
+    _result(aggregation="none", bits=1.914, memory=73_000),
+    _result(mode="by-position"),
+    _result(mode="by-position", aggregation="none", bits=1.92, memory=73_000),
+]
+TOLD = {
+    "command": "mc-jax sweep runs/<quick>",
+    "left_out": ["top_k has no effect"],
+    "failed": ["x: no memory"],
+}
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return dial_page(RESULTS, rows_of(Outcome(results=tuple(RESULTS), failed=())), TOLD)
+
+
+class _Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_needs_no_other_file(text):
+    for tag, attributes in _Page(text).tags:
+        assert tag not in ("link", "iframe"), f"<{tag}> loads something"
+        for name in ("src", "srcset", "href"):
+            assert attributes.get(name, "data:").startswith("data:"), f"{name} of <{tag}> leaves the file"
+    assert not re.search(r"url\(|@import|fetch\(|import\(", text)
+
+
+def test_it_says_what_was_found_and_how_to_find_it_again(text):
+    words = " ".join("".join(_Page(text).words).split())
+    for expected in (
+        "The capacity dial of <quick>",
+        "1.9000 ± 0.0100",
+        "586 KiB",
+        "1.5 MiB",
+        "more with its caches off",
+        "Loss by context length",
+        "Loss by position",
+        "What the routers read",
+        "mc-jax eval 'runs/<quick>' --model.aggregation sparse",
+        "mc-jax sweep runs/<quick>",
+        "top_k has no effect",
+        "x: no memory",
+        "e" * 16,
+    ):
+        assert expected in words, f"{expected!r} is not on the page"
+
+
+def test_a_section_without_data_is_left_out():
+    results = RESULTS[3:5]
+    words = dial_page(results, rows_of(Outcome(results=tuple(results), failed=())), TOLD)
+    assert "Loss by context length" not in words
+    assert "Loss by position" not in words
+    assert "Quality against memory" in words
+
+
+def test_the_front_has_those_that_no_other_beats_at_as_low_a_cost():
+    assert pareto([(1, 5), (2, 4), (2, 3), (3, 3), (4, 2)]) == [0, 2, 4]
+    assert pareto([(1, 1)]) == [0]
+
+
+def test_bytes_have_a_unit_that_suits_them():
+    assert [bytes_in_words(n) for n in (512, 73_728, 1_572_864, 1023 * 1024)] == [
+        "512 B",
+        "72 KiB",
+        "1.5 MiB",
+        "1,023 KiB",
+    ]
+
+
+# Types, clicks, and tells what is to be seen then; in a frame, for a window is never narrower than 500.
+_LOOK = """
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+  const rows = () => [...page.querySelectorAll("table.cells tbody tr")].filter(row => !row.hidden);
+  const heads = [...page.querySelectorAll("table.cells th button")];
+  const place = heads.findIndex(head => head.textContent === "bits per byte");
+  const found = {widths: [root.clientWidth, root.scrollWidth], all: rows().length};
+  const values = () => rows().map(row => +row.cells[place].dataset.value);
+  heads[place].click(); found.rising = values();
+  heads[place].click(); found.falling = values();
+  const box = page.getElementById("filter");
+  box.value = "sparse 64"; box.dispatchEvent(new Event("input"));
+  found.filtered = rows().length; found.told = page.querySelector("output").textContent;
+  found.pictures = [...page.images].map(image => image.complete && image.naturalWidth > 0);
+  document.body.textContent = JSON.stringify(found);
+}
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_it_fits_and_is_sorted_and_filtered_without_errors(width, text, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium to look at the page with: apt-get install chromium")
+    frame = f'<iframe style="border: 0; width: {width}px" srcdoc="{html.escape(text)}"></iframe>'
+    (tmp_path / "frame.html").write_text(f"<body>{frame}<script>{_LOOK}</script></body>")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
+    done = subprocess.run(
+        [
+            browser,
+            *options,
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path}",
+            f"file://{tmp_path}/frame.html",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    told = re.search(r"<body>(\{.*\})</body>", done.stdout)
+    assert told is not None, done.stdout[-2000:] + done.stderr
+    found = json.loads(html.unescape(told[1]))
+    assert found["widths"] == [width, width], "something wide does not scroll within its own box"
+    assert found["all"] == len(RESULTS)
+    bits = sorted(result["measurement"]["bits_per_byte"] for result in RESULTS)
+    assert found["rising"] == bits
+    assert found["falling"] == bits[::-1]
+    assert (found["filtered"], found["told"]) == (1, f"1 of {len(RESULTS)}")
+    assert all(found["pictures"]), "a picture is broken"
