@@ -15,7 +15,8 @@ from mc_jax.evaluation._plots import ROUND, Theme, style, svg
 from mc_jax.evaluation.sweep.view import View, bytes_in_words, pareto
 
 _WIDE_FOR_A_LOGARITHM = 4.0
-_ENDS = {"recurrence": "caches off", "attention": "attention"}
+_LEAST_BITS = 0.004  # an axis of less shows noise
+_MOST_NAMED_LINES = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,17 @@ class Cost:
     end: str = ""
     """Its name in the costs of the dial's ends; empty: they are not known."""
     in_bytes: bool = False
+    attention: str = "attention"
+    """What a transformer's cost is called."""
 
 
-MEMORY = Cost(column="memory_bytes", label="memory of one sequence", end="memory_bytes", in_bytes=True)
+MEMORY = Cost(
+    column="memory_bytes",
+    label="memory of one sequence",
+    end="memory_bytes",
+    in_bytes=True,
+    attention="KV cache",
+)
 FLOPS = Cost(column="flops_per_token", label="FLOPs a token, by formula", end="flops_per_token")
 TIME = Cost(column="microseconds_per_token", label="microseconds a scored token, measured")
 
@@ -105,6 +114,9 @@ def lines(panels: Sequence[Panel], theme: Theme, narrow: bool) -> str:
             axes.set_xlabel(panel.x_label)
             axes.set_ylabel(panel.y_label)
             axes.tick_params(length=0)
+        figure.draw_without_rendering()  # the layout, which says where there is room for names
+        for panel, axes in zip(panels, grid, strict=False):
+            _name_lines(panel, axes, theme)
         return svg(figure)
 
 
@@ -128,7 +140,7 @@ def _scatter(view: View, cost: Cost, axes: Axes, theme: Theme, narrow: bool, *, 
         # On the inner side of its line: the recurrence is the least, attention mostly the most.
         inner = name == "recurrence" or x < max(point.row[cost.column] for point in view.points)
         axes.annotate(
-            _ENDS[name],
+            "caches off" if name == "recurrence" else cost.attention,
             (x, 1),
             xycoords=("data", "axes fraction"),
             xytext=(4 if inner else -4, -9),
@@ -162,10 +174,14 @@ def _scatter(view: View, cost: Cost, axes: Axes, theme: Theme, narrow: bool, *, 
         axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 6, steps=ROUND))
     shown = bytes_in_words if cost.in_bytes else _short
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: shown(x)))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=ROUND))
     axes.margins(x=0.08, y=0.18)
+    low, high = axes.get_ylim()
+    lacking = max(0.0, _LEAST_BITS - (high - low)) / 2
+    axes.set_ylim(low - lacking, high + lacking)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=ROUND))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3f}"))
     axes.set_xlabel(cost.label)
-    axes.set_ylabel("bits per byte")
+    axes.set_ylabel("bits per byte, lower is better")
     axes.tick_params(length=0)
 
 
@@ -201,6 +217,31 @@ def _name_front(view: View, cost: Cost, axes: Axes, theme: Theme, narrow: bool) 
             )
             taken.append(box)
             break
+
+
+def _name_lines(panel: Panel, axes: Axes, theme: Theme) -> None:
+    """Names at the ends of lines, where they are few and apart; those of one colour need them."""
+    if len(panel.lines) > _MOST_NAMED_LINES:
+        return
+    size = 7.5
+    height = size * (axes.figure.dpi / 72 if axes.figure is not None else 1.0)
+    taken: list[float] = []
+    for line in panel.lines:
+        end = (line.x[-1], line.y[-1])
+        y = axes.transData.transform(end)[1]
+        if not line.label or any(abs(y - other) < height for other in taken):
+            continue
+        taken.append(y)
+        axes.annotate(
+            line.label,
+            end,
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=size,
+            color=theme.muted,
+            annotation_clip=False,
+        )
 
 
 type _Box = tuple[float, float, float, float]

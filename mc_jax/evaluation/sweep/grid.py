@@ -5,7 +5,7 @@ import functools
 import itertools
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -210,7 +210,7 @@ def grid_of(runs: Sequence[str], axes: Axes) -> Grid:
     return Grid(cells=tuple(ordered), left_out=dict(left_out))
 
 
-def _last_k(configs: Iterator[Config] | Any, axes: Axes) -> dict[str, int]:
+def _last_k(configs: Iterable[Config], axes: Axes) -> dict[str, int]:
     """The same block and first target for all windows, so that all score the same targets."""
     lengths = [*axes.context_length, *(config.data.context_length for config in configs)]
     k = max(1, min(lengths) // 2) if axes.last_k is None else axes.last_k

@@ -17,6 +17,7 @@ from mc_jax.evaluation.sweep.view import (
     View,
     bytes_in_words,
     full_name,
+    label_of,
     series_name,
     series_of,
     views_of,
@@ -77,14 +78,15 @@ def _lead(rows: Sequence[Row], views: Sequence[View]) -> str:
     )
     if view is None or own is None:
         return ""
-    figures = [
-        (shown(own, "bits_per_byte"), "bits per byte", f"as trained: {full_name(own, rows)}, {view.title}")
-    ]
+    value, _, error = shown(own, "bits_per_byte").partition(" ")
+    how = f"{error}, as trained: {full_name(own, rows)}, {view.title}"
+    figures = [(value, "bits per byte", how.removeprefix(", "))]
     off = next(
         (p.row for p in view.points if p.row["run"] == own["run"] and p.row["aggregation"] == "none"), None
     )
     if off is not None and off is not own:
-        figures.append((shown(off, "less_own_bits_per_byte"), "bits per byte", "more with its caches off"))
+        value, _, error = shown(off, "less_own_bits_per_byte").partition(" ")
+        figures.append((value, "bits per byte", f"{error}, with its caches off".removeprefix(", ")))
     figures.append((bytes_in_words(own["memory_bytes"]), "of memory a sequence", "as trained"))
     attention = view.ends["attention"]["memory_bytes"]
     figures.append(
@@ -178,7 +180,8 @@ def _by_context(rows: Sequence[Row]) -> str:
         "Bits per byte by context length",
         caption,
     )
-    return section("Loss by context length", _legend(rows) + drawn)
+    read = [row for row in rows if row["mode"] in ("last-k", "windows")]
+    return section("Loss by context length", _legend(rows, read) + drawn)
 
 
 def _by_position(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
@@ -231,7 +234,7 @@ def _by_position(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> s
     drawn = _picture(
         lambda theme, narrow: drawings.lines(panels, theme, narrow), "Bits per byte by position", caption
     )
-    return section("Loss by position", _legend(rows) + drawn)
+    return section("Loss by position", _legend(rows, [row for row, _ in curves]) + drawn)
 
 
 def _lines(rows: Sequence[Row], curves: Sequence[tuple[Row, np.ndarray]]) -> list[drawings.Line]:
@@ -245,7 +248,7 @@ def _lines(rows: Sequence[Row], curves: Sequence[tuple[Row, np.ndarray]]) -> lis
             drawings.Line(
                 series=series.index(name),
                 dash=seen[name],
-                label=full_name(row, rows),
+                label=label_of(row, rows),
                 x=points[:, 0],
                 y=points[:, 1],
             )
@@ -351,10 +354,13 @@ def _picture(draw: Callable[[Any, bool], str], alternative: str, caption: str) -
     return responsive_picture(draw, _plots, alternative, caption)
 
 
-def _legend(rows: Sequence[Row]) -> str:
+def _legend(rows: Sequence[Row], read: Sequence[Row] | None = None) -> str:
+    """The names of the series, or of those that some rows belong to."""
+    there = {series_name(row, rows) for row in (rows if read is None else read)}
     names = "".join(
         f'<li><span class="dot series-{place}"></span>{escape(name)}</li>'
         for place, name in enumerate(series_of(rows))
+        if name in there
     )
     return f'<ul class="legend">{names}</ul>'
 
