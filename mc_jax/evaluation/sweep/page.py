@@ -1,6 +1,5 @@
 """The dial's page: quality against memory and work, by context and position, and every measurement."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,9 +194,7 @@ def _by_position(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> s
     for row, values in zip(rows, results, strict=True):
         if row["mode"] != "by-position":
             continue
-        buckets = [
-            (math.sqrt((b["from"] + 1) * (b["to"] + 1)), b) for b in values["measurement"]["by_position"]
-        ]
+        buckets = [(b["to"] + 1, b) for b in values["measurement"]["by_position"]]
         finite = [(x, b) for x, b in buckets if b["bits_per_byte"] is not None]
         curves.append((row, np.array([(x, b["bits_per_byte"]) for x, b in finite])))
         base = own.get(row["run"], {})
@@ -214,7 +211,7 @@ def _by_position(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> s
         drawings.Panel(
             title="By tokens read before",
             lines=_lines(rows, curves),
-            x_label="position in the window",
+            x_label="position in the window, up to",
             y_label="bits per byte",
         )
     ]
@@ -223,13 +220,14 @@ def _by_position(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> s
             drawings.Panel(
                 title="More than as trained",
                 lines=_lines(rows, less),
-                x_label="position in the window",
+                x_label="position in the window, up to",
                 y_label="bits per byte",
                 from_zero=True,
             )
         )
     caption = (
-        "Windows side by side. Left: every way to read. Right: what each costs beside the run as trained."
+        "Windows side by side; a point is all targets up to a position and after the point before it. First: "
+        "every way to read. Then: how much more each is than the run as trained."
     )
     drawn = _picture(
         lambda theme, narrow: drawings.lines(panels, theme, narrow), "Bits per byte by position", caption
