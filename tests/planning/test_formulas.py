@@ -6,7 +6,14 @@ import jax
 import pytest
 
 from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig, validate
-from mc_jax.planning.formulas import cached_flops, flops_of, mean_eligible, mean_seen, memory_flops
+from mc_jax.planning.formulas import (
+    cached_flops,
+    flops_of,
+    mean_eligible,
+    mean_groups,
+    mean_seen,
+    memory_flops,
+)
 from mc_jax.planning.parts import by_part
 from mc_jax.training.run import drawing
 
@@ -96,3 +103,16 @@ def test_a_memory_counts_its_writes_its_read_and_its_errors(model, products):
 def test_a_window_is_full_but_for_the_first_tokens():
     assert mean_seen(6, 3) == (1 + 2 + 3 + 3 + 3 + 3) / 6
     assert mean_seen(6, 100) == mean_seen(6, None) == 3.5
+
+
+def test_groups_of_segments_and_few_places_are_read_as_one_counts_them():
+    assert mean_groups(LENGTH, 8) == (0 + 1 + 1 + 2) / 4, "0, 1, 2 = 10b and 3 = 11b segments before"
+    model = config_of(segmentation="logarithmic").model
+    k = DIM // HEADS
+    assert cached_flops(model, LENGTH) == 1 * 2 * k * k + 1.5 * 2 * k, "a group is a read, a segment a score"
+    model = config_of().model
+    assert cached_flops(model, LENGTH, places=1) == 0.75 * (2 * k * k + 2 * k)
+    config = config_of()
+    few, all_of_them = (flops_of(config, parameters_of(config), places=places) for places in (1, None))
+    saved = LAYERS * HEADS * (cached_flops(model, LENGTH) - cached_flops(model, LENGTH, places=1))
+    assert all_of_them.forward - few.forward == saved

@@ -36,7 +36,7 @@ _MARKDOWN = {
     "max_cached": "places",
     "state_dtype": "numbers",
     "bits_per_byte": "bits per byte",
-    "less_own_bits_per_byte": "less its own",
+    "less_own_bits_per_byte": "difference to trained",
     "memory_bytes": "bytes of memory",
     "flops_per_token": "FLOPs per token",
     "microseconds_per_token": "µs per token",
