@@ -135,20 +135,8 @@ def _scatter(view: View, cost: Cost, axes: Axes, theme: Theme, narrow: bool, *, 
     axes.grid(axis="both")
     axes.set_title(view.title if with_title else " ", loc="left")
     ends = {name: end[cost.end] for name, end in view.ends.items() if cost.end}
-    for name, x in ends.items():
+    for x in ends.values():
         axes.axvline(x, color=theme.muted, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
-        # On the inner side of its line: the recurrence is the least, attention mostly the most.
-        inner = name == "recurrence" or x < max(point.row[cost.column] for point in view.points)
-        axes.annotate(
-            "caches off" if name == "recurrence" else cost.attention,
-            (x, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(4 if inner else -4, -9),
-            textcoords="offset points",
-            ha="left" if inner else "right",
-            fontsize=8,
-            color=theme.muted,
-        )
     points = [(point.row[cost.column], point.row["bits_per_byte"]) for point in view.points]
     front = [points[place] for place in pareto(points)]
     axes.plot(*zip(*front, strict=True), color=theme.muted, linewidth=1.2, alpha=0.6, zorder=2)
@@ -174,15 +162,27 @@ def _scatter(view: View, cost: Cost, axes: Axes, theme: Theme, narrow: bool, *, 
         axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 6, steps=ROUND))
     shown = bytes_in_words if cost.in_bytes else _short
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: shown(x)))
-    axes.margins(x=0.08, y=0.18)
+    axes.margins(x=0.08, y=0.22)
     low, high = axes.get_ylim()
     lacking = max(0.0, _LEAST_BITS - (high - low)) / 2
     axes.set_ylim(low - lacking, high + lacking)
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=ROUND))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3f}"))
     axes.set_xlabel(cost.label)
     axes.set_ylabel("bits per byte, lower is better")
     axes.tick_params(length=0)
+    for line, (name, x) in enumerate(ends.items()):
+        across = axes.transAxes.inverted().transform(axes.transData.transform((x, 0)))[0]
+        axes.annotate(
+            "caches off" if name == "recurrence" else cost.attention,
+            (x, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4 if across < 0.5 else -4, -9 - 10 * line),  # two lines, for the ends may be near
+            textcoords="offset points",
+            ha="left" if across < 0.5 else "right",
+            fontsize=8,
+            color=theme.muted,
+        )
 
 
 def _name_front(view: View, cost: Cost, axes: Axes, theme: Theme, narrow: bool) -> None:
@@ -193,11 +193,11 @@ def _name_front(view: View, cost: Cost, axes: Axes, theme: Theme, narrow: bool) 
     within = axes.get_window_extent()
     dots = [axes.transData.transform(point) for point in points]
     taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in dots]
-    top = within.y1 - 12 * scale
+    top = within.y1 - 22 * scale
     taken.append((within.x0, top, within.x1, within.y1))  # the names of the ends
     for place in reversed(pareto(points)):
         label, (x, y) = view.points[place].label, dots[place]
-        width, height = 0.52 * size * len(label) * scale, size * scale
+        width, height = 0.58 * size * len(label) * scale, size * scale
         for right, up in ((False, -1), (True, 1), (True, -1), (False, 1)):
             left = x + 6 * scale if right else x - 6 * scale - width
             low = y + 5 * scale if up > 0 else y - 5 * scale - height

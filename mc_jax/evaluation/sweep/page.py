@@ -100,7 +100,7 @@ def _lead(rows: Sequence[Row], views: Sequence[View]) -> str:
         for value, what, note in figures
     )
     return (
-        f'<section><dl class="figures">{cards}</dl><p>One set of weights, read in many ways. Between a '
+        f'<section><dl class="figures">{cards}</dl><p>The same weights, read in many ways. Between a '
         "recurrence, whose memory never grows, and attention, which keeps every token, lies a dial: how "
         "often the memory is cached, in what form, how many cached memories a token reads, and how.</p>"
         "</section>"
@@ -258,7 +258,7 @@ def _routers(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
     """What the routers read, once for each way to read, whatever the mode."""
     found: dict[tuple[str, Any], Mapping[str, Any]] = {}
     for row, values in zip(rows, results, strict=True):
-        if values["router"] is not None:
+        if values["router"] is not None and values["router"] not in found.values():
             length = row["context_length"] or "trained"
             found.setdefault((full_name(row, rows), length), values["router"])
     if not found:
@@ -339,7 +339,7 @@ def _how(results: Sequence[Mapping[str, Any]], rows: Sequence[Row], told: Mappin
     listed = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()
     )
-    parts = [f'<dl class="facts">{listed}</dl>', "<p>This page, written anew:</p>"]
+    parts = [f'<dl class="facts">{listed}</dl>', '<p class="next">This page, written anew:</p>']
     parts.append(f"<pre><code>{escape(told['command'])}</code></pre>")
     for title, sentences in (("Without a result", told["failed"]), ("Left out", told["left_out"])):
         if sentences:

@@ -85,7 +85,8 @@ def label_of(row: Row, rows: Sequence[Row]) -> str:
     words = []
     for name in _VARIED:
         value = row[name]
-        if value is None or len({other[name] for other in rows if other["aggregation"] != "none"}) == 1:
+        others = {other[name] for other in rows if other["aggregation"] not in (None, "none")}
+        if value is None or len(others) == 1:
             continue
         words.append(
             {
