@@ -42,7 +42,7 @@ class SweepArguments:
     step: int | None = None
     """Step of the checkpoints; None: each run's newest."""
     context_length: tuple[int, ...] = ()
-    """Tokens in a window; without it, as trained, as with all of these."""
+    """Tokens in a window; without values, here and below, as each run was trained."""
     segment_length: tuple[int, ...] = ()
     """Tokens after which the memory's state is cached."""
     aggregation: tuple[AggregationName, ...] = ()
