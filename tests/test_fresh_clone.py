@@ -44,6 +44,9 @@ APPENDED: dict[str, list[str] | None] = {
     "mc-jax eval runs/quickstart": [],
     "mc-jax eval runs/quickstart runs/residual": ["--help"],
     **{f"mc-jax eval runs/quickstart {option}": ["--help"] for option in OPTIONS_OF_EVAL},
+    "mc-jax sweep": ["--help"],
+    "mc-jax sweep runs/quickstart --aggregation gated sparse none --top-k 1 2": ["--dry-run"],
+    "mc-jax sweep runs/quickstart --aggregation gated sparse none --top-k 1 2 --segmentation": [],
     "mc-jax tasks": ["--help"],
     "mc-jax tasks runs/quickstart --tasks passkey s-niah-1": [
         *("--length", "512", "--samples", "1"),
