@@ -16,7 +16,6 @@ from mc_jax._eval_command import evaluate, shown
 from mc_jax._plan_command import plan
 from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
 from mc_jax._sweep_command import sweep
-from mc_jax._task_command import tasks
 from mc_jax.config import Config, validate
 from mc_jax.stop_signals import current
 
@@ -263,9 +262,11 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "sweep": sweep,
-    "tasks": tasks,
     "generate": generate,
     "compare": compare,
     "checkpoints": checkpoints,
     "selftest": selftest,
 }
+
+ELSEWHERE = {"tasks": "mc-jax eval RUN --tasks TASK ..."}
+"""What somebody may type as a command, and what does it."""

@@ -48,13 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> None:
     from mc_jax._absent_tpu import quiet_libtpu
     from mc_jax._arguments import UsageError, did_you_mean
-    from mc_jax._commands import COMMANDS
+    from mc_jax._commands import COMMANDS, ELSEWHERE
 
     quiet_libtpu()
     if not words or words[0] in ("-h", "--help"):
         print(_overview(COMMANDS))
         return
     name, *rest = words
+    if name in ELSEWHERE:
+        raise UsageError(f"there is no command {name!r}; did you mean {ELSEWHERE[name]}?")
     if name not in COMMANDS:
         raise UsageError(
             f"there is no command {name!r}{did_you_mean(name, COMMANDS)}; known are {', '.join(COMMANDS)}"

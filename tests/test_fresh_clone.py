@@ -47,12 +47,13 @@ APPENDED: dict[str, list[str] | None] = {
     "mc-jax sweep": ["--help"],
     "mc-jax sweep runs/quickstart --aggregation gated sparse none --top-k 1 2": ["--dry-run"],
     "mc-jax sweep runs/quickstart --aggregation gated sparse none --top-k 1 2 --segmentation": [],
-    "mc-jax tasks": ["--help"],
-    "mc-jax tasks runs/quickstart --tasks passkey s-niah-1": [
-        *("--length", "512", "--samples", "1"),
-        "--no-generate",
+    "mc-jax eval runs/quickstart --tasks passkey s-niah-1": [
+        *("--recall.length", "512", "--recall.samples", "1"),
+        "--recall.no-generate",
     ],
-    "mc-jax tasks runs/quickstart --tasks passkey s-niah-1 --length": ["--help"],
+    "mc-jax eval runs/quickstart --tasks passkey s-niah-1 --recall.length": ["--help"],
+    "mc-jax eval runs/quickstart --tasks passkey --model": ["--help"],
+    "mc-jax eval runs/quickstart --tasks all": ["--help"],
     "mc-jax generate": ["--tokens", "4"],
     "mc-jax generate gs:": ["--help"],
     "mc-jax prepare": ["--vocab-size", "270"],

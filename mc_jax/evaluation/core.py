@@ -6,11 +6,11 @@ import time
 
 import numpy as np
 
-from mc_jax.config import differences
 from mc_jax.data.dataset import Dataset
 from mc_jax.data.store import TokenStore
 from mc_jax.data.targets import TargetCounts, target_counts
 from mc_jax.data.tokenizer import Tokenizer
+from mc_jax.evaluation.dial import turned_settings
 from mc_jax.evaluation.measurement import Measurement
 from mc_jax.evaluation.modes import Mode
 from mc_jax.evaluation.result import checkpoint_hash
@@ -46,11 +46,7 @@ def measure(run: Run, store: TokenStore, mode: Mode) -> Measurement:
         step=run.step,
         mode=mode.name,
         settings=mode.settings(),
-        turned={
-            name: (trained, measured)
-            for name, (measured, trained) in differences(run.config, run.trained or run.config).items()
-            if name.startswith(("model.", "data.context_length"))
-        },
+        turned=turned_settings(run),
         hashes={
             "tokenizer": tokenizer.fingerprint,
             "text": store.content_hash(),

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from mc_jax.caching.aggregations import AGGREGATIONS
-from mc_jax.config import Config, ConfigError, ModelConfig, document_alignment, validate
+from mc_jax.config import Config, ConfigError, ModelConfig, differences, document_alignment, validate
 from mc_jax.training.run import Run, drawing
 from mc_jax.training.step import Parameters, merge_model, split_model
 
@@ -122,6 +122,15 @@ def _needs_weights(folder: str, config: Config, missing: list[str], changes: Map
         f"model.aggregation {config.model.aggregation!r} needs weights that {folder} was not trained "
         f"with ({', '.join(missing)}); train them: mc-jax train RECIPE --name NAME {flags}"
     )
+
+
+def turned_settings(run: Run) -> dict[str, tuple[Any, Any]]:
+    """Settings of a run's model and its window that differ from training: the trained value, and the read."""
+    return {
+        name: (trained, read)
+        for name, (read, trained) in differences(run.config, run.trained or run.config).items()
+        if name.startswith(("model.", "data.context_length"))
+    }
 
 
 def _implied(model: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,10 +69,7 @@ class Measurement:
             "nats": self.sums.total("nats"),
             "standard_error_over": self.sums.over,
             "beginning": BEGINNING,
-            "turned": {
-                name: {"trained": trained, "measured": measured}
-                for name, (trained, measured) in self.turned.items()
-            },
+            "turned": turned_json(self.turned),
             "hashes": dict(self.hashes),
             **({"by_position": list(self.buckets())} if self.edges else {}),
             "units": {
@@ -82,6 +79,11 @@ class Measurement:
             "cache_bytes": self.cache_bytes,
             "seconds": self.seconds,
         }
+
+
+def turned_json(turned: Mapping[str, tuple[Any, Any]]) -> dict[str, dict[str, Any]]:
+    """Settings that differ from training, as JSON values."""
+    return {name: {"trained": trained, "measured": measured} for name, (trained, measured) in turned.items()}
 
 
 def _flat(figures: Mapping[str, Estimate]) -> dict[str, float]:

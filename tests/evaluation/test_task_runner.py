@@ -1,9 +1,12 @@
 """Tasks from the command line to files: what is asked of a run, what is told, what is refused."""
 
+import dataclasses
 import hashlib
 import json
 import math
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -11,14 +14,15 @@ from flax import nnx
 from workplaces import WORDS
 
 from mc_jax.cli import main
-from mc_jax.config import Config, DataConfig, ModelConfig, to_json
+from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, to_json
 from mc_jax.data.dataset import Dataset
 from mc_jax.data.documents import Document, tokenize
 from mc_jax.data.store import memory_store
 from mc_jax.data.tokenizer import train_bpe
-from mc_jax.evaluation.tasks import runner
-from mc_jax.evaluation.tasks.results import TaskSettings
-from mc_jax.evaluation.tasks.runner import run_task, write_results
+from mc_jax.evaluation.recall import RecallSettings
+from mc_jax.evaluation.tasks import files
+from mc_jax.evaluation.tasks.files import write_results
+from mc_jax.evaluation.tasks.runner import recall
 from mc_jax.nn import LanguageModel
 from mc_jax.training import run as runs
 from mc_jax.training.run import Run
@@ -33,6 +37,7 @@ def loaded(tmp_path_factory):
             num_layers=1, model_dim=16, num_heads=2, mlp_dim=16, segment_length=16, chunk_length=8
         ),
         data=DataConfig(corpus="words", tokenizer=None, context_length=400),
+        evaluation=EvaluationConfig(batch_size=2),
     )
     digest = folder / "checkpoints" / "7" / "digest.0.json"
     digest.parent.mkdir(parents=True)
@@ -48,14 +53,14 @@ def loaded(tmp_path_factory):
 @pytest.fixture
 def run(loaded, monkeypatch):
     """The folder of that run."""
-    monkeypatch.setattr(runs, "load_run", lambda _: loaded)
+    monkeypatch.setattr(runs, "load_run", lambda *_: loaded)
     return loaded.folder
 
 
 def test_the_command_writes_results_and_every_sample_whole(run, tmp_path, capsys):
-    words = "--tasks mqar passkey --length 395 400 --samples 3 --alternatives 2 --batch-size 2 --seed 4"
+    words = "--tasks mqar passkey --recall.length 395 400 --recall.samples 3 --recall.alternatives 2"
     output = tmp_path / "recall"
-    assert main(["tasks", str(run), *words.split(), "--output", str(output)]) == 0
+    assert main(["eval", str(run), *words.split(), "--recall.seed", "4", "--output", str(output)]) == 0
     told = capsys.readouterr()
     assert "passkey: 3 samples of 400 tokens are done" in told.err
     assert str(output / "samples.jsonl") in told.out
@@ -72,7 +77,7 @@ def test_the_command_writes_results_and_every_sample_whole(run, tmp_path, capsys
     assert 1 <= last["rank"] <= 3
     assert isinstance(last["generated"], str)
 
-    results = json.loads((output / "results.json").read_text())
+    (results,) = json.loads((output / "results.json").read_text())["runs"]
     assert results["step"] == 7
     assert len(results["hashes"]["checkpoint"]) == len(results["hashes"]["tokenizer"]) == 64
     mqar, passkey = results["tasks"]
@@ -87,30 +92,63 @@ def test_the_command_writes_results_and_every_sample_whole(run, tmp_path, capsys
     assert by_depth == {None: 3, 0.0: 1, 0.1: 1, 0.2: 1}
 
     page = (output / "tasks.html").read_text()
-    assert page.count("<section>") == 2
+    assert page.count("<section>") == 3, "what was asked, and the tasks"
     assert page.count("<figure>") == 1, "a task with depths has a picture, one without has none"
     assert "mean ± standard error" in page
 
 
 def test_the_same_is_asked_again_and_json_is_one_line(run, capsys):
-    words = ["tasks", str(run), "--tasks", "mqar", "--samples", "2", "--batch-size", "2", "--json"]
+    words = ["eval", str(run), "--tasks", "mqar", "--recall.samples", "2", "--json"]
     printed = []
     for _ in range(2):
         assert main(words) == 0
-        printed.append(json.loads(capsys.readouterr().out))
-    assert printed[0]["tasks"] == printed[1]["tasks"]
+        printed.append(json.loads(capsys.readouterr().out)["runs"])
+    assert printed[0] == printed[1]
+
+
+def test_two_runs_are_compared_sample_by_sample_and_the_dial_is_turned(loaded, monkeypatch, tmp_path, capsys):
+    other = loaded.folder.parent / "other"
+    if not other.exists():
+        shutil.copytree(loaded.folder, other)
+    read = {str(one): dataclasses.replace(loaded, folder=epath.Path(one)) for one in (loaded.folder, other)}
+    weights = nnx.state(loaded.model)
+    louder = nnx.merge(nnx.graphdef(loaded.model), jax.tree.map(lambda x: x * 2, weights))
+    read[str(other)] = dataclasses.replace(read[str(other)], model=louder)
+    monkeypatch.setattr(runs, "load_run", lambda folder, step: read[folder])
+    words = "--tasks mqar --recall.samples 2 --model.aggregation none --output"
+    assert main(["eval", *read, *words.split(), str(tmp_path / "recall")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{other} is read otherwise than it was trained: model.aggregation gated -> none" in told
+    first, second = json.loads((tmp_path / "recall" / "results.json").read_text())["runs"]
+    assert first["turned"]["model.aggregation"] == {"trained": "gated", "measured": "none"}
+    lines = [json.loads(line) for line in (tmp_path / "recall" / "samples.jsonl").read_text().splitlines()]
+    assert [line["run"] for line in lines] == [str(loaded.folder)] * 2 + [str(other)] * 2
+    values = [line["scores"]["log-likelihood"] for line in lines]
+    differences = np.subtract(values[2:], values[:2])
+    assert differences.any(), "the second run's weights are others"
+    (cell,) = second["tasks"][0]["less_the_first"]
+    found = cell["means"]["log-likelihood"]
+    np.testing.assert_allclose(found["value"], differences.mean())
+    np.testing.assert_allclose(found["stderr"], np.std(differences, ddof=1) / math.sqrt(2))
+    page = (tmp_path / "recall" / "tasks.html").read_text()
+    assert page.count("model.aggregation gated → none") == 2
+    assert "other less the first" in page
+
+
+def test_who_types_the_former_command_is_told_the_new_one(capsys):
+    assert main(["tasks", "runs/a", "--tasks", "mqar"]) == 2
+    assert "did you mean mc-jax eval RUN --tasks TASK ...?" in capsys.readouterr().err
 
 
 def test_a_failure_while_writing_leaves_nothing_half_written(loaded, tmp_path, monkeypatch):
-    settings = TaskSettings(task="mqar", lengths=(400,), samples=1, batch_size=2)
-    results = [run_task(loaded, settings)]
+    found = recall(loaded, ["mqar"], RecallSettings(samples=1))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runner, "write_text", full)
+    monkeypatch.setattr(files, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
-        write_results(loaded, results, tmp_path / "recall")
+        write_results([found], tmp_path / "recall")
     assert not list(tmp_path.iterdir())
 
 
@@ -118,20 +156,29 @@ def test_a_failure_while_writing_leaves_nothing_half_written(loaded, tmp_path, m
     ("words", "told"),
     [
         ("--tasks passky", "there is no task 'passky'; known are mqar, mad-recall, "),
-        ("--tasks", "--tasks"),
+        ("--tasks", "--tasks are none; name one or more, each once, or all"),
         ("--tasks mqar mqar", "--tasks are mqar mqar; name one or more, each once, or all"),
-        ("--tasks mqar --samples 0", "samples is 0; set it to 1 or more"),
-        ("--tasks mqar --alternatives -1", "alternatives is -1; set it to 0 or more"),
-        ("--tasks mqar --length 64 64", "give one or more, each once"),
-        ("--tasks mqar --documents x.jsonl", "documents have no effect on the task mqar"),
-        ("--tasks key-value --documents x.jsonl", "there is no file x.jsonl"),
-        ("--tasks s-niah-1 --length 64", "a length of 64 tokens is too short"),
+        ("--tasks mqar --recall.samples 0", "recall.samples is 0; set it to 1 or more"),
+        ("--tasks mqar --recall.alternatives -1", "recall.alternatives is -1; set it to 0 or more"),
+        (
+            "--tasks mqar --recall.length 64 64",
+            "recall.length is 64 64; give lengths of 1 token or more, each once",
+        ),
+        ("--tasks mqar --recall.documents x.jsonl", "recall.documents has no effect on the task mqar"),
+        ("--tasks key-value --recall.documents x.jsonl", "there is no file x.jsonl"),
+        ("--tasks s-niah-1 --recall.length 64", "a length of 64 tokens is too short"),
         ("--tasks mqar --output .", ". is there already; give --output another folder"),
+        ("--recall.samples 3", "--recall.samples has no effect without --tasks"),
+        ("--tasks mqar --mode stream", "--mode has no effect with --tasks; leave it out"),
+        ("--tasks mqar --text a.txt", "--text has no effect with --tasks; leave it out"),
+        ("--tasks mqar --evaluation.stride 4", "--evaluation.stride has no effect with --tasks"),
+        ("--tasks mqar --data.context-length 64", "no effect with --tasks; set --recall.length"),
+        ("--tasks mqar --model.top-k 2", "has no effect with model.aggregation 'gated'"),
     ],
 )
 def test_mistakes_end_with_one_line(run, capsys, tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
-    assert main(["tasks", str(run), *words.split()]) == 2
+    assert main(["eval", str(run), *words.split()]) == 2
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1

@@ -73,8 +73,8 @@ def _read(ask: Ask, file: Path) -> TextSample:
     documents = _documents(file)
     if ask.index >= len(documents):
         raise ValueError(
-            f"{file} has {len(documents)} documents with their value in the text; set --samples to that "
-            "or less"
+            f"{file} has {len(documents)} documents with their value in the text; "
+            "set --recall.samples to that or less"
         )
     document = documents[ask.index]
     text, key, value = (document[field] for field in _FIELDS)

@@ -22,8 +22,8 @@ def draw(ask: Ask) -> RowSample:
     pairs = max(1, length // TOKENS_A_PAIR)
     if length < 4 or symbols // 2 <= pairs:
         raise ValueError(
-            f"a length of {ask.length} tokens asks for {pairs} pairs of {symbols} symbols; set --length "
-            f"between 4 and {TOKENS_A_PAIR * (symbols // 2 - 1)}"
+            f"a length of {ask.length} tokens asks for {pairs} pairs of {symbols} symbols; "
+            f"set --recall.length between 4 and {TOKENS_A_PAIR * (symbols // 2 - 1)}"
         )
     seed = int(ask.random("mqar").integers(1 << 62))
     batch = mqar_batch(seed, ask.index, rows=1, length=length, pairs=pairs, vocab_size=symbols)

@@ -1,47 +1,96 @@
-"""The page of a run's tasks: tables, heat maps of length and depth, a sample of each."""
+"""The page of what runs recall: tables, heat maps of length and depth, a sample of each task."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+from typing import NamedTuple
 
 import numpy as np
 
 from mc_jax.evaluation._page import escape, page, picture, section
-from mc_jax.evaluation.tasks.results import Cell, Mean, TaskResult
+from mc_jax.evaluation.tasks.results import Cell, Mean, Recalled, TaskResult, less_the_first
 
 _SHOWN_PROMPT = 400  # characters at either end of a sample's prompt
 
 
-def tasks_page(run_name: str, results: Sequence[TaskResult]) -> str:
-    """HTML that needs nothing else: a section for each task."""
-    return page(run_name, "What it recalls", [section(one.settings.task, _task(one)) for one in results])
+class Row(NamedTuple):
+    """A line of a task's table."""
+
+    length: int
+    run: str
+    samples: int
+    means: tuple[str, ...]
 
 
-def _task(result: TaskResult) -> str:
-    settings = result.settings
+def rows_of(runs: Sequence[str], results: Sequence[TaskResult]) -> tuple[list[str], list[Row]]:
+    """A task's table: what was measured, and a line for each length and run.
+
+    Args:
+      runs: what the runs are called.
+      results: the task's, of each run; later ones have a line, too, of what they differ in from the first.
+    """
+    names = list(dict.fromkeys(name for result in results for cell in result.cells for name in cell.means))
+    rows: list[Row] = []
+    for length in sorted({length for result in results for length in result.settings.length}):
+        for run, result in zip(runs, results, strict=True):
+            rows += _rows(run, length, result.cells, names)
+        for run, result in zip(runs[1:], results[1:], strict=True):
+            rows += _rows(f"{run} less the first", length, less_the_first(result, results[0]), names)
+    return names, rows
+
+
+def _rows(run: str, length: int, cells: Sequence[Cell], names: Sequence[str]) -> Iterator[Row]:
+    for cell in cells:
+        if cell.length == length and cell.depth is None:
+            means = (shown(cell.means[name]) if name in cell.means else "-" for name in names)
+            yield Row(length, run, cell.samples, tuple(means))
+
+
+def tasks_page(found: Sequence[Recalled]) -> str:
+    """HTML that needs nothing else: what was read, and a section for each task."""
+    names = [PurePath(one.run).name for one in found]
+    results = zip(*(one.tasks for one in found), strict=True)
+    sections = [section(one[0].task, _task(names, one)) for one in results]
+    return page(", ".join(names), "What it recalls", [section("What was asked", _runs(found)), *sections])
+
+
+def _runs(found: Sequence[Recalled]) -> str:
+    lines = []
+    for one in found:
+        changed = ", ".join(f"{name} {old} → {new}" for name, (old, new) in one.turned.items())
+        how = f"read otherwise than it was trained: {changed}" if changed else "read as it was trained"
+        lines.append(f"<p>{escape(one.run)}, step {one.step:,}, {escape(how)}.</p>")
+    return "".join(lines)
+
+
+def _task(runs: Sequence[str], results: Sequence[TaskResult]) -> str:
+    first = results[0]
+    settings = first.settings
     chance = 1 / (1 + settings.alternatives)
-    note = (
-        f"{settings.samples} samples of each length, seed {settings.seed}; right by “{result.metric}”; "
-        f"chance of being ranked first is {chance:.0%}; mean ± standard error."
-        if any(cell.depth is not None for cell in result.cells)
-        else f"{settings.samples} samples of each length, seed {settings.seed}; mean ± standard error."
-    )
-    sources = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in result.sources().items())
+    note = f"{settings.samples} samples of each length, seed {settings.seed}; mean ± standard error."
+    if any(cell.depth is not None for cell in first.cells):
+        note += f" Right is “{first.metric}”; chance of being ranked first is {chance:.0%}."
+    if len(runs) > 1:
+        note += " Runs that were asked the same are compared sample by sample."
+    sources = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in first.sources().items())
+    pictures = "".join(_picture(run, result) for run, result in zip(runs, results, strict=True))
     return (
-        f'{_table([cell for cell in result.cells if cell.depth is None])}<p class="note">{escape(note)}</p>'
-        f'<p class="note">{escape(sources)}</p>{_picture(result)}{_sample(result)}'
+        f'{_table(runs, results)}<p class="note">{escape(note)}</p>'
+        f'<p class="note">{escape(sources)}</p>{pictures}{_sample(first)}'
     )
 
 
-def _table(cells: Sequence[Cell]) -> str:
-    names = list(cells[0].means)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("tokens", *names))
-    rows = "".join(
-        f'<tr><th scope="row">{cell.length:,}</th>'
-        + "".join(f"<td>{shown(cell.means[name])}</td>" for name in names)
+def _table(runs: Sequence[str], results: Sequence[TaskResult]) -> str:
+    names, rows = rows_of(runs, results)
+    several = ["run"] * (len(runs) > 1)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("tokens", *several, *names))
+    body = "".join(
+        f'<tr><th scope="row">{row.length:,}</th>'
+        + "".join(f"<td>{escape(text)}</td>" for text in (*[row.run] * len(several), *row.means))
         + "</tr>"
-        for cell in cells
+        for row in rows
     )
     return (
-        f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>'
+        f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
         "</table></div>"
     )
 
@@ -51,7 +100,7 @@ def shown(mean: Mean) -> str:
     return f"{mean.value:.3f}" + ("" if mean.stderr is None else f" ± {mean.stderr:.3f}")
 
 
-def _picture(result: TaskResult) -> str:
+def _picture(run: str, result: TaskResult) -> str:
     from mc_jax.evaluation import _plots
     from mc_jax.evaluation.tasks._heat_map import heat_map
 
@@ -67,8 +116,8 @@ def _picture(result: TaskResult) -> str:
     return picture(
         lambda theme: heat_map(values, names, lengths, depths, theme),
         _plots,
-        f"Heat maps of {' and '.join(names)} by depth and length",
-        "Depth is where the answer stands in the context: 0 % is its beginning, 100 % the question.",
+        f"Heat maps of {' and '.join(names)} of {run} by depth and length",
+        f"{run}. Depth is where the answer stands in the context: 0 % is its beginning, 100 % the question.",
     )
 
 

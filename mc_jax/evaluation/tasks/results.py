@@ -1,31 +1,16 @@
-"""What is asked of a model in a task, and what became of it."""
+"""What became of tasks: means with standard errors by length and depth, and what several runs differ in."""
 
 import collections
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """What is asked of a model."""
-
-    task: str
-    """A name in `TASKS`."""
-    lengths: tuple[int, ...]
-    """Tokens of prompt and answer together, at most."""
-    samples: int = 20
-    """Of each length."""
-    seed: int = 0
-    """Draws the samples."""
-    alternatives: int = 9
-    """Wrong answers that the right one is ranked among."""
-    batch_size: int = 8
-    """Samples read together."""
-    documents: Path | None = None
-    """JSONL file for tasks that read documents; None: generated ones."""
-    generate: bool = True
-    """Whether text is generated, too; log-likelihoods are always there."""
+from mc_jax.evaluation.measurement import turned_json
+from mc_jax.evaluation.recall import RecallSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +39,10 @@ class Cell:
 class TaskResult:
     """What a model is worth in a task."""
 
-    settings: TaskSettings
+    task: str
+    """A name in `TASKS`."""
+    settings: RecallSettings
+    """How it was asked, the lengths filled in."""
     metric: str
     """How generated text was judged."""
     cells: tuple[Cell, ...]
@@ -71,3 +59,95 @@ class TaskResult:
             for kind, source in line["sources"].items():
                 found[kind].add(source)
         return {kind: sorted(names) for kind, names in found.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, without the samples."""
+        settings = dataclasses.asdict(self.settings)
+        return {
+            "task": self.task,
+            **{name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
+            "metric": self.metric,
+            "prompts_sha256": self.prompts_sha256,
+            "sources": self.sources(),
+            "cells": [dataclasses.asdict(cell) for cell in self.cells],
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recalled:
+    """What a run's model is worth in tasks."""
+
+    run: str
+    """The run's folder."""
+    step: int
+    """Finished steps of the checkpoint."""
+    turned: Mapping[str, tuple[Any, Any]]
+    """Settings that differ from training: what was trained, what was read with."""
+    hashes: Mapping[str, str | None]
+    """SHA-256 of checkpoint and tokenizer."""
+    tasks: tuple[TaskResult, ...]
+    """As they were asked."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, without the samples."""
+        return {
+            "run": self.run,
+            "step": self.step,
+            "turned": turned_json(self.turned),
+            "hashes": dict(self.hashes),
+            "tasks": [one.to_json() for one in self.tasks],
+        }
+
+
+def cells_of(lines: Sequence[Mapping[str, Any]]) -> tuple[Cell, ...]:
+    """Means over samples, by length and then by length and depth.
+
+    Args:
+      lines: one a sample, with length, scores, and depth where the answer has one.
+    """
+    groups: dict[tuple[int, float | None], list[Mapping[str, float]]] = collections.defaultdict(list)
+    for line in lines:
+        groups[line["length"], None].append(line["scores"])
+        if "depth" in line:
+            groups[line["length"], round(line["depth"], 1)].append(line["scores"])
+    order = sorted(groups, key=lambda key: (key[1] is not None, key[0], key[1] or 0.0))
+    return tuple(
+        Cell(
+            length=length,
+            depth=depth,
+            samples=len(groups[length, depth]),
+            means={
+                name: mean([scores[name] for scores in groups[length, depth]])
+                for name in groups[length, depth][0]
+            },
+        )
+        for length, depth in order
+    )
+
+
+def less_the_first(result: TaskResult, first: TaskResult) -> tuple[Cell, ...]:
+    """The mean difference of two runs that were asked the same, sample by sample, at each length.
+
+    None where the prompts differ, as they do between runs of two tokenizers.
+    """
+    if result.prompts_sha256 != first.prompts_sha256:
+        return ()
+    lines = [
+        {
+            "length": line["length"],
+            "scores": {
+                name: score - other["scores"][name]
+                for name, score in line["scores"].items()
+                if name in other["scores"]
+            },
+        }
+        for line, other in zip(result.samples, first.samples, strict=True)
+    ]
+    return cells_of(lines)
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """The mean with its standard error: the spread of the samples over the root of their number."""
+    count = len(values)
+    error = None if count < 2 else float(np.std(values, ddof=1)) / math.sqrt(count)
+    return Mean(value=float(np.mean(values)), stderr=error)

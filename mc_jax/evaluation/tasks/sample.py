@@ -124,7 +124,7 @@ class TooShort(ValueError):
     def __init__(self, length: int, needed: int):
         super().__init__(
             f"a length of {length} tokens is too short: the shortest prompt with its answer has {needed}; "
-            f"set --length to {needed} or more"
+            f"set --recall.length to {needed} or more"
         )
         self.needed = needed
 

@@ -1,0 +1,147 @@
+"""The options of `mc-jax eval`, and which of them another one makes void."""
+
+import dataclasses
+import operator
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mc_jax._arguments import UsageError
+from mc_jax.config import AggregationName, Segmentation
+from mc_jax.evaluation.recall import RecallSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelDial:
+    """How the memories are read; what is None stays as it was trained."""
+
+    segment_length: int | None = None
+    """Tokens after which the memory's state is cached."""
+    aggregation: AggregationName | None = None
+    """How the online and the cached memories are read together; "none" turns the caches off."""
+    top_k: int | None = None
+    """Cached memories that "sparse" and "average" read."""
+    segmentation: Segmentation | None = None
+    """Every segment is a memory, or a token's segments are grouped by the digits of their number."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataDial:
+    """What is read; what is None stays as it was trained."""
+
+    context_length: int | None = None
+    """Tokens in a window."""
+    corpus: str | None = None
+    """A folder of mc-jax prepare with the run's tokenizer, whose held-out part is read."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationDial:
+    """How windows are laid; what is None stays as the run's config has it."""
+
+    stride: int | None = None
+    """Tokens scored per window of a long document by --mode windows; None: as configured, or half one."""
+    batch_size: int | None = None
+    """Windows, or samples of a task, evaluated together; no result depends on it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalArguments:
+    """Measure runs on text, by default the held-out text of their corpus, or in tasks."""
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
+    ]
+    """Folders that mc-jax train wrote, for example runs/quickstart; others are compared with the first."""
+    step: int | None = None
+    """Step of the checkpoint; None: the newest."""
+    mode: Literal["windows", "last-k", "by-position", "stream"] | None = None
+    """Score all tokens in overlapping windows (None: so), the last of each, by position, or in a stream."""
+    last_k: int | None = None
+    """Tokens that a window of --mode last-k scores; None: half of it."""
+    first: int | None = None
+    """Where in a document --mode last-k begins to score: the longest window less last-k, if several lengths
+    are to score the same tokens; None: this window less last-k."""
+    max_cached: int | None = None
+    """Places for cached memories in each layer, with --mode stream; None: one for each segment."""
+    when_full: Literal["error", "drop-oldest"] = "error"
+    """When all places are taken, with --mode stream: stop, or forget the oldest memory."""
+    state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Numbers that cached memories are kept as, with --mode stream; None: as computed."""
+    text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+    """Text to be read instead: .txt (a document a file), .jsonl (a line), both also with .gz, .parquet."""
+    text_field: str = "text"
+    """Field of .jsonl, or column of .parquet, that has the text."""
+    tasks: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TASK ...")] = None
+    """Ask tasks instead, by their names in docs/tasks.md, or "all"."""
+    recall: RecallSettings = RecallSettings()  # noqa: RUF009 - frozen
+    """How tasks are asked, with --tasks."""
+    model: ModelDial = ModelDial()
+    data: DataDial = DataDial()
+    evaluation: EvaluationDial = EvaluationDial()
+    output: Path | None = None
+    """Folder for RUN.MODE.json, all that was found and how, made if missing; with --tasks, a new one for
+    tasks.html, results.json and samples.jsonl."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print JSON instead of tables."""
+
+
+_OF_TEXT = (
+    *("mode", "last_k", "first", "max_cached", "when_full", "state_dtype", "text", "text_field"),
+    *("data.corpus", "data.context_length", "evaluation.stride"),
+)
+_OF_TASKS = tuple(f"recall.{field.name}" for field in dataclasses.fields(RecallSettings))
+_STORAGE = ("max_cached", "when_full", "state_dtype")
+
+
+def must_have_effect(chosen: EvalArguments) -> None:
+    """See that no option is given that another one makes void.
+
+    Raises:
+      UsageError: one is.
+    """
+    if chosen.tasks is not None:
+        if chosen.data.context_length is not None:
+            raise UsageError("--data.context-length has no effect with --tasks; set --recall.length")
+        _refuse(chosen, _OF_TEXT, "with --tasks; leave it out")
+        return
+    _refuse(chosen, _OF_TASKS, "without --tasks; leave it out, or name tasks")
+    mode = mode_name(chosen)
+    if chosen.text:
+        _refuse(chosen, ["data.corpus"], "with --text, which is read instead; leave one of them out")
+    if not any(file.name.endswith((".jsonl", ".jsonl.gz", ".parquet")) for file in chosen.text):
+        _refuse(chosen, ["text_field"], "without a --text that is .jsonl or .parquet; leave it out")
+    if mode != "windows":
+        _refuse(chosen, ["evaluation.stride"], f"with --mode {mode}; leave it out")
+    if mode == "stream":
+        _refuse(chosen, ["data.context_length"], "with --mode stream, which has no windows; leave it out")
+    else:
+        _refuse(chosen, _STORAGE, f"with --mode {mode}; set --mode stream")
+    if mode != "last-k":
+        _refuse(chosen, ["last_k", "first"], f"with --mode {mode}; set --mode last-k")
+
+
+def _refuse(chosen: EvalArguments, names: Iterable[str], why: str) -> None:
+    """Raise UsageError at the first of these options that has another value than its default."""
+    for name in names:
+        value = operator.attrgetter(name)
+        if value(chosen) != value(EvalArguments):
+            raise UsageError(f"--{name.replace('_', '-')} has no effect {why}")
+
+
+def mode_name(chosen: EvalArguments) -> str:
+    """How a text is read."""
+    return "windows" if chosen.mode is None else chosen.mode
+
+
+def changes(chosen: EvalArguments) -> dict[str, Any]:
+    """The settings that are to be others than the run's, by their names."""
+    given = {
+        f"{section}.{field.name}": getattr(getattr(chosen, section), field.name)
+        for section in ("model", "data", "evaluation")
+        for field in dataclasses.fields(getattr(chosen, section))
+    }
+    return {name: value for name, value in given.items() if value is not None and name != "data.corpus"}
