@@ -44,6 +44,15 @@ class TrainArguments:
     """Folder of all runs; this one is written to RUNS-DIR/NAME."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Delete an earlier run of that name instead of resuming it."""
+    init: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """Begin with the weights of another run: its folder, or RUN/checkpoints/STEP. The model is that run's,
+    whatever the recipe's, but for --model options here. A run that has a checkpoint of its own resumes."""
+    init_state: Literal["weights", "full"] = "weights"
+    """With --init: weights alone, or the optimizer's state too."""
+    init_new: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ()
+    """With --init: parameters that the checkpoint may lack, and that are drawn, for example router_query."""
+    init_drop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ()
+    """With --init: parameters of the checkpoint that are left out."""
     processes: ProcessesArguments = ProcessesArguments()
     config: Annotated[Config, tyro.conf.arg(name="")]
     """What is trained, and how."""
@@ -67,10 +76,23 @@ def train(arguments: Sequence[str]) -> None:
         description=description,
         default=TrainArguments(config=config),
     )
-    validate(chosen.config)
     name = name if chosen.name is None else chosen.name
     if Path(name).name != name or name in ("", ".."):
         raise UsageError(f"--name {name!r} is no folder's name; the folder above it is --runs-dir")
+    if chosen.init is None:
+        for option in ("init_state", "init_new", "init_drop"):
+            if getattr(chosen, option) != getattr(TrainArguments, option, ()):
+                raise UsageError(f"--{option.replace('_', '-')} has no effect without --init; leave it out")
+    else:
+        config = _config_for(chosen, config, name)
+        chosen = parse(
+            TrainArguments,
+            arguments[1:],
+            program=f"mc-jax train {arguments[0]}",
+            description=description,
+            default=TrainArguments(config=config),
+        )
+    validate(chosen.config)
 
     signals = current()
     signals.codes[signal.SIGTERM] = 0  # docs/laptop-to-pod.md: launchers make it 143
@@ -85,7 +107,7 @@ def train(arguments: Sequence[str]) -> None:
 
     run_dir = epath.Path(chosen.runs_dir) / name
     with joined(**dataclasses.asdict(chosen.processes)):
-        step = run_training(chosen.config, run_dir, overwrite=chosen.overwrite)
+        step = run_training(chosen.config, run_dir, overwrite=chosen.overwrite, init=_init_of(chosen))
         is_done = step == chosen.config.training.steps
         rest = "goes on with the evaluation" if is_done else "goes on from there"
         stopped = f"stopped by {{signal}}, step {step} is saved; the same command {rest}"
@@ -101,6 +123,30 @@ def train(arguments: Sequence[str]) -> None:
             print(stopped.format(signal=signals.name))
         else:
             print(f"report: {run_dir / 'report.html'}")
+
+
+def _init_of(chosen: TrainArguments) -> Any:
+    """What a run is to begin with; None: weights that are drawn."""
+    if chosen.init is None:
+        return None
+
+    from mc_jax.training.initial import Init
+
+    return Init(path=chosen.init, state=chosen.init_state, new=chosen.init_new, drop=chosen.init_drop)
+
+
+def _config_for(chosen: TrainArguments, config: Config, name: str) -> Config:
+    """The recipe's settings with those of the run whose weights are taken.
+
+    A run that goes on needs that one no more, so its own `init.json` tells them.
+    """
+    from etils import epath
+
+    from mc_jax.training.initial import settings_of
+
+    assert chosen.init is not None
+    there = settings_of(chosen.init, None if chosen.overwrite else epath.Path(chosen.runs_dir) / name)
+    return there.in_place(config, chosen.config.data.corpus)
 
 
 def _train_help() -> str:

@@ -164,7 +164,7 @@ def trained(monkeypatch):
     """What the training loop is called with; nothing is trained."""
     calls = []
 
-    def train(config, run_dir, *, overwrite=False):
+    def train(config, run_dir, *, overwrite=False, init=None):
         calls.append((config, str(run_dir), overwrite))
         return config.training.steps
 

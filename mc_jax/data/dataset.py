@@ -82,6 +82,11 @@ def open_prepared(folder: Path) -> Dataset:
     )
 
 
+def embedded_tokenizer_fits(config: DataConfig, tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer is of the kind and size that the settings of an embedded corpus ask for."""
+    return tokenizer.kind == config.tokenizer and config.vocab_size in (None, tokenizer.vocab_size)
+
+
 def _open_embedded(
     config: DataConfig, saved: Tokenizer | None, tokenizer_path: epath.PathLike | None
 ) -> Dataset:
@@ -91,7 +96,7 @@ def _open_embedded(
         )
     corpus = load_corpus(config.corpus)
     tokenizer = saved or _make_tokenizer(config, corpus.train)
-    if tokenizer.kind != config.tokenizer or config.vocab_size not in (None, tokenizer.vocab_size):
+    if not embedded_tokenizer_fits(config, tokenizer):
         raise ValueError(
             f"{tokenizer_path} is a {tokenizer.kind!r} tokenizer of {tokenizer.vocab_size} ids, not what "
             f"data.tokenizer {config.tokenizer!r} and data.vocab_size {config.vocab_size} ask for; "

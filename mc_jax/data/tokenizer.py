@@ -45,6 +45,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def token_bytes(self) -> Sequence[bytes]:
+        """The UTF-8 that each id stands for, no two alike; empty of the separator."""
+        ...
+
+    @property
     def byte_lengths(self) -> np.ndarray:
         """Bytes of UTF-8 that each id stands for, int64 [vocab_size]; 0 of the separator."""
         ...
@@ -93,6 +98,11 @@ class ByteTokenizer:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what the tokenizer does: equal for two that encode alike."""
         return _fingerprint(self._description())
+
+    @property
+    def token_bytes(self) -> Sequence[bytes]:
+        """The UTF-8 that each id stands for, no two alike; empty of the separator."""
+        return tuple(self._token_bytes)
 
     @property
     def byte_lengths(self) -> np.ndarray:

@@ -16,6 +16,7 @@ from etils import epath
 
 import mc_jax
 from mc_jax.data.files import write_json
+from mc_jax.training.checkpoint.digest import hash_of_digests
 from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER
 from mc_jax.training.router_shares import RouterShares
 from mc_jax.training.run import CONFIG_FILE, Run
@@ -80,8 +81,7 @@ def write_result(
 
 def checkpoint_hash(run: Run) -> str | None:
     """SHA-256 of the digests of a run's checkpoint, and so of all its weights; None: an old one has none."""
-    checkpoint = run.folder / CHECKPOINTS_FOLDER / str(run.step)
-    return _hash(sorted(checkpoint.glob("digest.*.json")))
+    return hash_of_digests(run.folder / CHECKPOINTS_FOLDER / str(run.step))
 
 
 def _hash(files: Sequence[epath.Path]) -> str | None:

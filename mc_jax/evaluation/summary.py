@@ -10,6 +10,7 @@ from mc_jax.evaluation.report import write_report
 from mc_jax.evaluation.result import write_result
 from mc_jax.evaluation.router import held_out_shares, router_picture
 from mc_jax.inference.generate import continue_text
+from mc_jax.training.initial import read_provenance
 from mc_jax.training.lock import RunLock
 from mc_jax.training.metrics import read_metrics, record_hparams
 from mc_jax.training.run import Run, load_run
@@ -57,6 +58,7 @@ def _summarize(run: Run) -> dict[str, float] | None:
             top_p=_TOP_P,
             seed=run.config.training.seed,
         )
+    provenance = read_provenance(run.folder)
     write_report(
         run.folder,
         title=run.folder.name,
@@ -68,6 +70,7 @@ def _summarize(run: Run) -> dict[str, float] | None:
         router=router_picture(run, shares),
         facts={
             "parameters": f"{parameters:,}",
+            **({} if provenance is None else {"began with": provenance.summary()}),
             "optimizer steps": f"{run.step:,}",
             "tokens seen": f"{metrics[-1]['tokens']:,}" if metrics else "0",
             "training time": f"{metrics[-1]['seconds']:.0f} s" if metrics else "0 s",

@@ -14,6 +14,7 @@ from mc_jax.parallel import local_rows, make_mesh, must_fit, on_mesh
 from mc_jax.training import run
 from mc_jax.training.checkpoint import Checkpoints
 from mc_jax.training.held_out import WhileTraining
+from mc_jax.training.initial import Init, initial_state
 from mc_jax.training.metrics import MetricsLog
 from mc_jax.training.optimizer import annealed_top_k, learning_rate, make_optimizer
 from mc_jax.training.preemption import stops_at
@@ -23,7 +24,9 @@ from mc_jax.training.step import Parameters, make_step
 from mc_jax.training.watchdog import Watchdog
 
 
-def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -> int:
+def train(
+    config: Config, run_dir: epath.PathLike, *, overwrite: bool = False, init: Init | None = None
+) -> int:
     """Train to the config's last step, going on from the newest complete checkpoint in `run_dir`.
 
     The batch of a step is a function of seed and step, so a run that was killed and started again ends
@@ -34,14 +37,15 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
       config: what to train.
       run_dir: the run's folder; made if missing.
       overwrite: start anew, whatever run the folder holds.
+      init: whose weights a new run begins with; None: they are drawn from the config's seed.
 
     Returns:
       The step of the last checkpoint: the config's last step, or an earlier one after a signal that
         `stop_signals` heard.
 
     Raises:
-      ValueError: contradictory settings, a mesh that does not fit, data that is not there, or a folder that
-        holds something else. Nothing is written in these cases.
+      ValueError: contradictory settings, a mesh that does not fit, data or weights that are not there, or a
+        folder that holds something else. Nothing is written in these cases.
     """
     validate(config)
     mesh = make_mesh(config.mesh)
@@ -50,7 +54,7 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
     settings = config.training
     is_first = jax.process_index() == 0
     with (
-        opened(run_dir, config, overwrite=overwrite) as folder,
+        opened(run_dir, config, overwrite=overwrite, init=init) as folder,
         jax.set_mesh(mesh),
         Checkpoints(
             run_dir,
@@ -70,8 +74,12 @@ def train(config: Config, run_dir: epath.PathLike, *, overwrite: bool = False) -
         loaded = checkpoints.restore(like)
         if loaded is not None:
             start, state = loaded.step, loaded.state
+        elif folder.provenance is not None:
+            start, state = 0, initial_state(folder.provenance, config, dataset)
         else:
             start, (_, state) = 0, run.new_state(config, dataset.tokenizer.vocab_size)
+        if folder.provenance is not None and is_first:
+            print(folder.provenance.told(run_dir, start, config), flush=True)
         start_row = folder.begin(start)
         title = f"{run_dir.name}: {parameters / 1e6:.2f} M parameters, {len(dataset.train)} documents"
         title += f", {mesh.size} devices" if mesh.size > 1 else ""

@@ -17,10 +17,29 @@ from mc_jax.config import Config
 from mc_jax.data.dataset import Dataset, open_data
 from mc_jax.data.files import UNFINISHED, write_text
 from mc_jax.parallel.processes import first_decides, must_agree
+from mc_jax.training._buckets import absolute
 from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER, Kind, checkpoints_of, kind_of, steps_in
+from mc_jax.training.initial import (
+    INIT_FILE,
+    Init,
+    Provenance,
+    examine,
+    find_source,
+    must_be_there,
+    read_provenance,
+    write_provenance,
+)
+from mc_jax.training.initial.provenance import asked_for, must_be_the_same
 from mc_jax.training.lock import LOCK_FILE, RunLock
 from mc_jax.training.run import CONFIG_FILE, TOKENIZER_FILE, read_config
-from mc_jax.training.seal import is_sealed, make_seal, must_fit, newest_seal, seal_of_settings
+from mc_jax.training.seal import (
+    INITIAL_WEIGHTS,
+    is_sealed,
+    make_seal,
+    must_fit,
+    newest_seal,
+    seal_of_settings,
+)
 from mc_jax.training.stages import STAGES_FILE, Stages, one_stage, read_stages, write_stages
 
 _REPORT_FILE = "report.html"
@@ -42,6 +61,8 @@ class OpenRun:
     """As the folder has them."""
     lock: RunLock | None
     """Process 0's."""
+    provenance: Provenance | None = None
+    """Whose weights it began with; None: they were drawn."""
 
     def check(self) -> None:
         """See that the folder is still there and ours; to be called before anything is written.
@@ -66,25 +87,33 @@ class OpenRun:
 
 
 @contextlib.contextmanager
-def opened(run_dir: epath.Path, config: Config, *, overwrite: bool) -> Iterator[OpenRun]:
+def opened(
+    run_dir: epath.Path, config: Config, *, overwrite: bool, init: Init | None = None
+) -> Iterator[OpenRun]:
     """Hold a run's folder and open its data: made where it is missing, locked until the end.
 
+    Args:
+      run_dir: the folder.
+      config: what is trained.
+      overwrite: start anew, whatever run the folder holds.
+      init: whose weights a new run begins with; None: they are drawn.
+
     Raises:
-      ValueError: another training holds the folder, it holds something else, the data does not fit, or the
-        processes differ in their settings, their data, or what they see of the folder. Nothing is written
-        in these cases, but in the last one.
+      ValueError: another training holds the folder, it holds something else, the data or the weights to begin
+        with do not fit, or the processes differ in their settings, their data, or what they see of the
+        folder. Nothing is written in these cases, but in the last one.
     """
     checkpoints_of(run_dir)
     if not overwrite:
         config = _with_branch_of(run_dir, config)
-    must_agree("settings", f"{run_dir} {overwrite} {configs.to_json(config)}")
+    must_agree("settings", f"{run_dir} {overwrite} {init} {configs.to_json(config)}")
     with contextlib.ExitStack() as stack:
         found: OpenRun | None = None
 
         def open_first() -> None:
             nonlocal found
             lock = stack.enter_context(RunLock(run_dir))
-            found = _open(run_dir, config, lock, overwrite=overwrite)
+            found = _open(run_dir, config, lock, overwrite=overwrite, init=init)
 
         first_decides(open_first)
         if found is None:
@@ -95,8 +124,10 @@ def opened(run_dir: epath.Path, config: Config, *, overwrite: bool) -> Iterator[
                     "set --runs-dir to a folder on a file system that all processes share"
                 )
             dataset = _open_data(config, run_dir / TOKENIZER_FILE)
-            seal = make_seal(config, dataset)
-            found = OpenRun(run_dir, config, dataset, seal, _stages(run_dir, read_config(run_dir)), None)
+            provenance = read_provenance(run_dir)
+            seal = _seal(config, dataset, provenance)
+            stages = _stages(run_dir, read_config(run_dir))
+            found = OpenRun(run_dir, config, dataset, seal, stages, None, provenance)
         must_agree("text to train on", json.dumps(found.seal))
         yield found
 
@@ -108,24 +139,33 @@ def newest_step(run_dir: epath.Path) -> int | None:
     return max(counted, default=None)
 
 
-def _open(run_dir: epath.Path, config: Config, lock: RunLock, *, overwrite: bool) -> OpenRun:
+def _open(
+    run_dir: epath.Path, config: Config, lock: RunLock, *, overwrite: bool, init: Init | None
+) -> OpenRun:
+    if init is not None and absolute(run_dir) in _with_parents(asked_for(init).path):
+        raise ValueError(f"--init {init.path} is of the run itself; choose another --name")
     if (run_dir / _OVERWRITTEN_FILE).exists():
         _delete(run_dir)
-    if overwrite and (run_dir / CONFIG_FILE).exists() and not _is_the_same_command(run_dir, config):
-        _open_data(config)  # what it refuses must be told before anything is lost
+    if overwrite and (run_dir / CONFIG_FILE).exists() and not _is_the_same_command(run_dir, config, init):
+        _begin(config, init)  # what it refuses must be told before anything is lost
         (run_dir / CONFIG_FILE).rename(run_dir / _OVERWRITTEN_FILE)
         _delete(run_dir)
     sealed = newest_seal(run_dir)
     earlier = _earlier(run_dir, config if sealed else None)
     if earlier is None:
-        dataset = _open_data(config)
-        stages = _make(run_dir, config, dataset, overwrite)
-        return OpenRun(run_dir, config, dataset, make_seal(config, dataset), stages, lock)
+        dataset, provenance = _begin(config, init)
+        stages = _make(run_dir, config, dataset, overwrite, provenance)
+        seal = _seal(config, dataset, provenance)
+        return OpenRun(run_dir, config, dataset, seal, stages, lock, provenance)
+    provenance = read_provenance(run_dir)
+    must_be_the_same(run_dir, provenance, init)
     must_fit(sealed, seal_of_settings(earlier), run_dir)
     _must_go_on(run_dir, config, earlier, may_move=sealed is not None)
     dataset = _open_data(config, run_dir / TOKENIZER_FILE)
-    seal = make_seal(config, dataset)
+    seal = _seal(config, dataset, provenance)
     must_fit(sealed, seal, run_dir)
+    if provenance is not None and newest_step(run_dir) is None:
+        must_be_there(provenance)
     if overwrite:
         print(
             f"{run_dir} is a run that --overwrite began and that has not ended: it goes on; "
@@ -136,7 +176,25 @@ def _open(run_dir: epath.Path, config: Config, lock: RunLock, *, overwrite: bool
         dataset.tokenizer.save(run_dir / TOKENIZER_FILE)
     if not (run_dir / CONFIG_FILE).exists():
         write_text(run_dir / CONFIG_FILE, configs.to_json(config))
-    return OpenRun(run_dir, config, dataset, seal, _stages(run_dir, earlier), lock)
+    return OpenRun(run_dir, config, dataset, seal, _stages(run_dir, earlier), lock, provenance)
+
+
+def _with_parents(path: str) -> tuple[epath.Path, ...]:
+    return (epath.Path(path), *epath.Path(path).parents)
+
+
+def _begin(config: Config, init: Init | None) -> tuple[Dataset, Provenance | None]:
+    """A new run's data, and the weights it begins with, looked at before anything is written."""
+    if init is None:
+        return _open_data(config), None
+    dataset = _open_data(config, find_source(init.path).tokenizer_file_for(config.data))
+    return dataset, examine(init, config, dataset)
+
+
+def _seal(config: Config, dataset: Dataset, provenance: Provenance | None) -> dict[str, str]:
+    """What the run's checkpoints are trained with; its first weights too, where they were another's."""
+    begun = {} if provenance is None else {INITIAL_WEIGHTS: provenance.weights()}
+    return make_seal(config, dataset) | begun
 
 
 def _stages(run_dir: epath.Path, earlier: Config) -> Stages:
@@ -183,18 +241,22 @@ def _earlier(run_dir: epath.Path, config: Config | None) -> Config | None:
         )
     if has_checkpoints:
         return config
-    ours = (LOCK_FILE, TOKENIZER_FILE, STAGES_FILE, CHECKPOINTS_FOLDER)
+    ours = (LOCK_FILE, TOKENIZER_FILE, STAGES_FILE, INIT_FILE, CHECKPOINTS_FOLDER)
     for entry in run_dir.iterdir():
         if entry.name not in ours and entry.suffix not in UNFINISHED and not entry.name.startswith("."):
             raise ValueError(f"{run_dir} is not empty and not a run; choose another name with --name")
     return None
 
 
-def _make(run_dir: epath.Path, config: Config, dataset: Dataset, overwrite: bool) -> Stages:
+def _make(
+    run_dir: epath.Path, config: Config, dataset: Dataset, overwrite: bool, provenance: Provenance | None
+) -> Stages:
     """Write what a run begins with, the config last: a folder that has one is a run."""
     for entry in run_dir.iterdir():
-        if entry.suffix in UNFINISHED:
+        if entry.suffix in UNFINISHED or entry.name == INIT_FILE:
             _remove(entry)
+    if provenance is not None:
+        write_provenance(run_dir, provenance)
     dataset.tokenizer.save(run_dir / TOKENIZER_FILE)
     stages = Stages(overwrites=overwrite).at(0, config)
     write_stages(run_dir, stages)
@@ -202,12 +264,15 @@ def _make(run_dir: epath.Path, config: Config, dataset: Dataset, overwrite: bool
     return stages
 
 
-def _is_the_same_command(run_dir: epath.Path, config: Config) -> bool:
+def _is_the_same_command(run_dir: epath.Path, config: Config, init: Init | None) -> bool:
     """Whether a launcher sends a command with --overwrite again, that a kill or SIGTERM ended.
 
     It is one if such a command began the run, with these settings, and the run has not come to its report.
     """
     try:
+        provenance = read_provenance(run_dir)
+        if (provenance and provenance.asked) != (init and asked_for(init)):
+            return False
         earlier = read_config(run_dir)
         if _changed(config, earlier) or not read_stages(run_dir).overwrites:
             return False

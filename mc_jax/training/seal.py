@@ -21,7 +21,10 @@ from mc_jax.training.checkpoint.reading import read_seal
 
 _SEALED = ("data.context_length", "training.seed", "training.optimizer")
 _TOKENIZER, _TRAINING_TEXT, _HELD_OUT_TEXT = "tokenizer", "training text", "held-out text"
+INITIAL_WEIGHTS = "weights that the run began with"
+"""The checkpoint of another run, where it was one."""
 _CURES = {
+    INITIAL_WEIGHTS: "restore init.json",
     _TOKENIZER: "restore tokenizer.json",
     _TRAINING_TEXT: "restore the corpus",
     _HELD_OUT_TEXT: "restore the corpus",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 
 from mc_jax.config import Remat
 from mc_jax.parallel import constrain
@@ -35,6 +35,17 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
     """A model as its static part and nested dicts of arrays."""
     graph, state = nnx.split(model)
     return graph, nnx.to_pure_dict(state)
+
+
+def by_name(parameters: Parameters) -> dict[str, Any]:
+    """The arrays of parameters by names such as "blocks_0.mixer.query.kernel"."""
+    named: Any = traverse_util.flatten_dict(parameters, sep=".")
+    return named
+
+
+def from_names(named: Mapping[str, Any]) -> Parameters:
+    """The parameters that `by_name` took apart."""
+    return traverse_util.unflatten_dict(dict(named), sep=".")
 
 
 def merge_model(graph: nnx.GraphDef, parameters: Parameters) -> Any:

@@ -5,7 +5,17 @@ is written last, so a step counts once it is there; checkpoints made before dige
 """
 
 from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER
-from mc_jax.training.checkpoint.reading import Loaded, Seal, load_newest, load_step, must_be_finite
+from mc_jax.training.checkpoint.reading import (
+    Loaded,
+    Seal,
+    Whole,
+    load_newest,
+    load_part,
+    load_step,
+    must_be_finite,
+    newest_whole,
+    saved_shapes,
+)
 from mc_jax.training.checkpoint.writing import Checkpoints
 
 __all__ = [
@@ -13,7 +23,11 @@ __all__ = [
     "Checkpoints",
     "Loaded",
     "Seal",
+    "Whole",
     "load_newest",
+    "load_part",
     "load_step",
     "must_be_finite",
+    "newest_whole",
+    "saved_shapes",
 ]

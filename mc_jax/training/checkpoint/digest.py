@@ -107,6 +107,12 @@ def read_digests(step_folder: epath.Path) -> list[Digest]:
     return [first, *(read_digest(step_folder, process) for process in range(1, first.processes))]
 
 
+def hash_of_digests(step_folder: epath.Path) -> str | None:
+    """SHA-256 of a checkpoint's digests, and so of all its files; None: an old one has no digests."""
+    files = sorted(step_folder.glob("digest.*.json"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else None
+
+
 def verify(step_folder: epath.Path, digests: list[Digest], *, share: int = 0, shares: int = 1) -> None:
     """See that the files of a step are what was saved; or a share of them, where several processes look.
 

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from mc_jax.parallel.processes import first_of_all, told_by_first
 from mc_jax.training.checkpoint.digest import DamagedError, read_digests, verify
 from mc_jax.training.checkpoint.folder import Kind, checkpoints_of, kind_of, steps_in
-from mc_jax.training.step import TrainState, all_finite
+from mc_jax.training.step import TrainState, all_finite, by_name
 
 STATE = "state"
 """The name that Orbax knows the saved tree by."""
@@ -35,6 +35,15 @@ class Loaded(NamedTuple):
     seal: Seal
     has_digest: bool = False
     """So that all of it is as it was saved, and finite."""
+
+
+class Whole(NamedTuple):
+    """A checkpoint that is as it was saved."""
+
+    step: int
+    seal: Seal
+    has_digest: bool
+    """Without one nobody can tell."""
 
 
 class _Found(NamedTuple):
@@ -105,6 +114,75 @@ def load_step(run_dir: epath.Path, step: int, like: TrainState) -> Loaded:
         ) from damage
     _tell(folder, found, {})
     return loaded
+
+
+def newest_whole(run_dir: epath.Path, step: int | None = None) -> Whole:
+    """The newest checkpoint whose files are all as they were saved; this process alone looks at them.
+
+    A line on stderr names newer ones, and why they are no use.
+
+    Args:
+      run_dir: the run's folder.
+      step: the only one to look at; None: whichever is whole.
+
+    Raises:
+      ValueError: there is none, or the one that is asked for is not whole.
+    """
+    folder = checkpoints_of(run_dir)
+    useless: dict[int, str] = {}
+    for one in sorted(steps_in(folder), reverse=True) if step is None else [step]:
+        kind = kind_of(folder, one) if (folder / str(one)).is_dir() else Kind.UNFINISHED
+        if kind is Kind.UNFINISHED:
+            useless[one] = "it is not there, being written, or was cut off"
+            continue
+        seal = None
+        if kind is Kind.SAVED:
+            try:
+                digests = read_digests(folder / str(one))
+                seal = digests[0].seal
+                verify(folder / str(one), digests)
+            except (DamagedError, FileNotFoundError) as damage:
+                useless[one] = str(damage) if isinstance(damage, DamagedError) else "a digest is gone"
+                continue
+        if useless:
+            print(f"mc-jax: {folder}: {_listed(useless)}; step {one} is used", file=sys.stderr)
+        return Whole(one, seal, kind is Kind.SAVED)
+    told = f" ({_listed(useless)})" if useless else ""
+    raise ValueError(f"{run_dir} has no whole checkpoint to begin from{told}; name another step, or train it")
+
+
+def saved_shapes(step_folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a checkpoint's parameters, by their names with dots; nothing else is read.
+
+    Raises:
+      ValueError: Orbax cannot read what is there.
+    """
+    try:
+        saved: Any = ocp.metadata(step_folder, checkpointable_name=STATE).metadata
+        leaves = by_name(saved["parameters"])
+    except Exception as error:  # Orbax raises of all kinds
+        reason = " ".join(f"{error}".split())[:200]
+        raise ValueError(f"{step_folder} is no checkpoint of mc_jax ({reason}); name another one") from error
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+
+
+def load_part(step_folder: epath.Path, like: Any) -> Any:
+    """A part of a checkpoint's state, of which several processes must all call for the same.
+
+    Args:
+      step_folder: the checkpoint.
+      like: shapes, dtypes and shardings of what is wanted, in dicts with the names of `TrainState`'s fields.
+
+    Raises:
+      ValueError: it is not there as it is wanted.
+    """
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        tree = _read_tree(step_folder, like)
+    if isinstance(tree, str):
+        raise ValueError(f"{step_folder} cannot be read ({tree}); it may be gone, or of another version")
+    return tree
 
 
 def must_be_finite(run_dir: epath.Path, loaded: Loaded, tree: Any) -> None:
