@@ -54,6 +54,8 @@ APPENDED: dict[str, list[str] | None] = {
     "mc-jax eval runs/quickstart --tasks passkey s-niah-1 --recall.length": ["--help"],
     "mc-jax eval runs/quickstart --tasks passkey --model": ["--help"],
     "mc-jax eval runs/quickstart --tasks all": ["--help"],
+    "mc-jax eval runs/quickstart --inspect-router README.md": [],
+    "mc-jax eval runs/quickstart --inspect-router letter.txt": ["--help"],
     "mc-jax generate": ["--tokens", "4"],
     "mc-jax generate gs:": ["--help"],
     "mc-jax prepare": ["--vocab-size", "270"],

@@ -77,6 +77,12 @@ class EvalArguments:
     """Field of .jsonl, or column of .parquet, that has the text."""
     tasks: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TASK ...")] = None
     """Ask tasks instead, by their names in docs/tasks.md, or "all"."""
+    inspect_router: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Tell instead what each token of this text file reads of the cached memories; - is standard input."""
+    needle: str | None = None
+    """A part of that text, which occurs in it once: how its last tokens find the segment that it is in."""
+    asked_tokens: int | None = None
+    """Tokens at that text's end whose reading counts for the needle; None: the last one."""
     recall: RecallSettings = RecallSettings()  # noqa: RUF009 - frozen
     """How tasks are asked, with --tasks."""
     model: ModelDial = ModelDial()
@@ -84,7 +90,7 @@ class EvalArguments:
     evaluation: EvaluationDial = EvaluationDial()
     output: Path | None = None
     """Folder for RUN.MODE.json, all that was found and how, made if missing; with --tasks, a new one for
-    tasks.html, results.json and samples.jsonl."""
+    tasks.html, results.json and samples.jsonl; with --inspect-router, for RUN.router.html and .json."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print JSON instead of tables."""
 
@@ -94,6 +100,7 @@ _OF_TEXT = (
     *("data.corpus", "data.context_length", "evaluation.stride"),
 )
 _OF_TASKS = tuple(f"recall.{field.name}" for field in dataclasses.fields(RecallSettings))
+_OF_ROUTER = ("needle", "asked_tokens")
 _STORAGE = ("max_cached", "when_full", "state_dtype")
 
 
@@ -103,12 +110,23 @@ def must_have_effect(chosen: EvalArguments) -> None:
     Raises:
       UsageError: one is.
     """
-    if chosen.tasks is not None:
+    if chosen.inspect_router is None:
+        _refuse(chosen, _OF_ROUTER, "without --inspect-router; leave it out, or name a text file")
+    if chosen.tasks is None:
+        _refuse(chosen, _OF_TASKS, "without --tasks; leave it out, or name tasks")
+    if chosen.inspect_router is not None:
+        _refuse(chosen, ("tasks", *_OF_TEXT, "evaluation.batch_size"), "with --inspect-router; leave it out")
+        if chosen.needle is None:
+            _refuse(chosen, ["asked_tokens"], "without --needle; leave it out")
+    elif chosen.tasks is not None:
         if chosen.data.context_length is not None:
             raise UsageError("--data.context-length has no effect with --tasks; set --recall.length")
         _refuse(chosen, _OF_TEXT, "with --tasks; leave it out")
-        return
-    _refuse(chosen, _OF_TASKS, "without --tasks; leave it out, or name tasks")
+    else:
+        _must_have_effect_on_text(chosen)
+
+
+def _must_have_effect_on_text(chosen: EvalArguments) -> None:
     mode = mode_name(chosen)
     if chosen.text:
         _refuse(chosen, ["data.corpus"], "with --text, which is read instead; leave one of them out")

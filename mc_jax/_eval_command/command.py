@@ -1,9 +1,10 @@
-"""What `mc-jax eval` does: a text, or tasks."""
+"""What `mc-jax eval` does: a text measured, tasks asked, or what a router reads told."""
 
 from collections.abc import Sequence
 
 from mc_jax._arguments import UsageError, must_be_run, parse
 from mc_jax._eval_command.arguments import EvalArguments, must_have_effect
+from mc_jax._eval_command.router import tell_router
 from mc_jax._eval_command.tasks import ask_tasks
 from mc_jax._eval_command.text import measure_text
 
@@ -18,7 +19,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     for run in chosen.runs:
         must_be_run(run)
     must_have_effect(chosen)
-    if chosen.tasks is None:
-        measure_text(chosen)
-    else:
+    if chosen.inspect_router is not None:
+        tell_router(chosen, chosen.inspect_router)
+    elif chosen.tasks is not None:
         ask_tasks(chosen, chosen.tasks)
+    else:
+        measure_text(chosen)

@@ -1,6 +1,6 @@
 """The report's pictures, drawn by matplotlib as SVG text, once for a light page and once for a dark one.
 
-matplotlib takes seconds to import: only `report.py` imports this module, and only when it writes a report.
+matplotlib takes seconds to import: pages import this module when they are written, and not before.
 
 T tokens, S cached segments, L layers.
 """
@@ -8,13 +8,16 @@ T tokens, S cached segments, L layers.
 import dataclasses
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 _MOST_POINTS = 2000
@@ -118,7 +121,24 @@ def loss_curve(
         return svg(figure)
 
 
-def router_reads(gates: np.ndarray, numbers: Sequence[int], segment_length: int, theme: Theme) -> str:
+class Marks(NamedTuple):
+    """What a reader's eye is led to."""
+
+    segments: tuple[int, ...]
+    """Numbers, from 0, of cached segments."""
+    asked: int
+    """The first of the positions, up to the last, that are to read them."""
+
+
+def router_reads(
+    gates: np.ndarray,
+    numbers: Sequence[int],
+    segment_length: int,
+    theme: Theme,
+    *,
+    narrow: bool = False,
+    marks: Marks | None = None,
+) -> str:
     """One heat map a layer: how much of each token's reading comes from each memory.
 
     Args:
@@ -126,9 +146,11 @@ def router_reads(gates: np.ndarray, numbers: Sequence[int], segment_length: int,
       numbers: What the L layers are called.
       segment_length: Tokens of a segment.
       theme: Colours.
+      narrow: One map under another, for a narrow page.
+      marks: Rows that are framed from a position on; None: none.
     """
     layers, tokens, cached = gates.shape[0], gates.shape[1], gates.shape[2] - 1
-    columns = 1 if layers == 1 else 2 if layers <= 12 else 3
+    columns = 1 if layers == 1 or narrow else 2 if layers <= 12 else 3
     lines = -(-layers // columns)
     colours = LinearSegmentedColormap.from_list("gates", [theme.low, theme.line, theme.high])
     # Most gates are small: a square root keeps them apart.
@@ -147,7 +169,8 @@ def router_reads(gates: np.ndarray, numbers: Sequence[int], segment_length: int,
     numbered = sorted({1, *range(stride, cached + 1, stride)})
     space = ConstrainedLayoutEngine(wspace=0.04, hspace=0.05)
     with matplotlib.rc_context(style(theme)):
-        figure = Figure(figsize=(9.2, 1.0 + lines * (2.6 if columns == 1 else 1.9)), layout=space)
+        height_of_one = 1.9 if narrow or columns > 1 else 2.6
+        figure = Figure(figsize=(4.0 if narrow else 9.2, 1.0 + lines * height_of_one), layout=space)
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for unused in grid.flat[layers:]:
             unused.set_visible(False)
@@ -159,6 +182,8 @@ def router_reads(gates: np.ndarray, numbers: Sequence[int], segment_length: int,
             axes.set_title(f"Layer {numbers[layer]}", loc="left")
             for boundary in range(segment_length, tokens, segment_length):
                 axes.axvline(boundary, color=theme.grid, linewidth=0.6)
+            if marks is not None:
+                _frame(axes, marks, tokens, theme)
             axes.set_yticks([*numbered, (bottom + top) / 2], [*map(str, numbered), "online"])
             axes.xaxis.set_major_locator(MaxNLocator(6 if columns < 3 else 4, integer=True, steps=ROUND))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -166,12 +191,24 @@ def router_reads(gates: np.ndarray, numbers: Sequence[int], segment_length: int,
         figure.supxlabel("token position", fontsize=10, color=theme.muted)
         figure.supylabel("memory that is read (cached segment)", fontsize=10, color=theme.muted)
         assert image is not None
-        bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 2.2 / lines), aspect=22, pad=0.015)
+        if narrow:
+            bar = figure.colorbar(image, ax=grid, location="top", aspect=30, pad=0.015)
+        else:
+            bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 2.2 / lines), aspect=22, pad=0.015)
         bar.set_ticks([0, 0.05, 0.25, 0.5, 1.0], labels=["0%", "5%", "25%", "50%", "100%"])
         bar.set_label("share of the reading")
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
         return svg(figure)
+
+
+def _frame(axes: Axes, marks: Marks, tokens: int, theme: Theme) -> None:
+    """Frame the segments at the asked positions, and lead to them from the left."""
+    lowest, highest = marks.segments[0] + 0.5, marks.segments[-1] + 1.5
+    asked = max(1, tokens - marks.asked), highest - lowest
+    line = {"edgecolor": theme.held_out, "facecolor": "none", "clip_on": False}
+    axes.add_patch(Rectangle((0, lowest), tokens, highest - lowest, linewidth=0.8, linestyle=":", **line))
+    axes.add_patch(Rectangle((tokens - asked[0], lowest), *asked, linewidth=1.8, **line))
 
 
 def router_while_training(steps: np.ndarray, shares: np.ndarray, even: float, theme: Theme) -> str:

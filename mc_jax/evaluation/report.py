@@ -16,6 +16,7 @@ from etils import epath
 
 from mc_jax.data.files import write_text
 from mc_jax.evaluation._page import escape, page, picture, section
+from mc_jax.evaluation._router_figure import router_figure
 from mc_jax.training.router_shares import RouterShares
 from mc_jax.training.stages import Change
 
@@ -161,28 +162,8 @@ def _router(plots: Any, router: RouterPicture | str, metrics: list[dict[str, Any
             f"<p>The text has {tokens:,} tokens and fits in one segment of {router.segment_length:,}: "
             "there was no cached memory to read.</p>"
         )
-    segment_of_token = np.arange(tokens) // router.segment_length
-    may_read = segment_of_token[:, None] > np.arange(ended)[None, :]
-    cached = np.where(may_read, router.gates[:, :, :ended].astype(float), np.nan)
-    gates = np.concatenate([cached, router.gates[:, :, -1:].astype(float)], axis=-1)
-    alternative = (
-        f"One heat map a layer, layers {router.layers[0]} to {router.layers[-1]}: the share of each of "
-        f"{tokens:,} tokens' reading that comes from cached segments 1 to {ended} and from the online "
-        "memory"
-    )
-    caption = (
-        "A column is a token, a row a memory: the more the colour stands out from the page, the more of what "
-        "that token read came from there, and each column adds up to 100%. Blank: segments that had not "
-        "ended yet. Vertical lines: ends of segments. The colour scale is a square root, so that small "
-        "shares show."
-    )
     return (
-        picture(
-            lambda theme: plots.router_reads(gates, router.layers, router.segment_length, theme),
-            plots,
-            alternative,
-            caption,
-        )
+        router_figure(plots, router.gates, router.layers, router.segment_length)
         + f"<details><summary>The text that was read</summary><pre>{escape(router.text)}</pre></details>"
         + ("" if router.shares is None else _average(plots, router.shares, metrics))
     )

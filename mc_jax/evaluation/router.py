@@ -4,47 +4,33 @@ Shapes: L layers with a memory, T tokens, H heads, S cached segments.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mc_jax.config import ModelConfig
+from mc_jax.evaluation.needle import NeedleReading, Span, find, segments_of
 from mc_jax.evaluation.report import RouterPicture
 from mc_jax.training.router_shares import RouterOnText, RouterShares, has_router, memory_layers
 from mc_jax.training.run import Run
 from mc_jax.training.step import split_model
 
+_MOST_BYTES = 2 << 30
 _NO_MEMORY = "This model has no layers with a memory."
 _NO_ROUTER = "This model's aggregation has no router: nothing weighs its memories token by token."
 
 
-class Span(NamedTuple):
-    """A part of a text, from `start` to before `stop`."""
+class Blocks(NamedTuple):
+    """Mean shares, over heads and over the tokens of a block, of groups of cached segments."""
 
-    start: int
-    """First character, or token."""
-    stop: int
-    """The one after the last."""
-    unit: Literal["characters", "tokens"] = "characters"
-    """What the two count; tokens are those of the run's tokenizer, from 0."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NeedleReading:
-    """How a router finds the segments that hold a needle."""
-
-    segments: tuple[int, ...]
-    """Numbers, from 0, of the segments that the needle was written in."""
-    asked: tuple[int, int]
-    """First position of the row whose reading counts, and the one after the last."""
-    share: np.ndarray
-    """[L, H], mean share of these segments in the reading."""
-    hit_rate: np.ndarray
-    """[L, H], part of the asked tokens that read one of them more than any other cached segment."""
-    any_hit_rate: float
-    """Part of the asked tokens for which some layer and head does."""
+    positions: tuple[tuple[int, int], ...]
+    """First position of each of the P blocks, and the one after its last."""
+    segments: tuple[tuple[int, int], ...]
+    """First of each of the G groups' segments, from 0, and the one after its last."""
+    shares: np.ndarray
+    """[L, P, G + 1], the online memory last."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,21 +50,62 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, gates as means over heads [L, T, S + 1]."""
-        needle = self.needle
+        entropy, relative = self.entropy()
         return {
             "tokens": list(self.tokens),
             "layers": list(self.layers),
             "segment_length": self.segment_length,
-            "gates": self.gates.mean(axis=2).tolist(),
-            "needle": needle
-            and {
-                "segments": list(needle.segments),
-                "asked": list(needle.asked),
-                "share": needle.share.tolist(),
-                "hit_rate": needle.hit_rate.tolist(),
-                "any_hit_rate": needle.any_hit_rate,
-            },
+            "entropy": entropy.tolist(),
+            "relative_entropy": relative.tolist(),
+            "needle": self.needle and self.needle.to_json(),
+            "gates": self.gates.mean(axis=2).astype(float).round(6).tolist(),
         }
+
+    def entropy(self) -> tuple[np.ndarray, np.ndarray]:
+        """Entropy of a token's shares in nats, and its part of that of equal ones, means over tokens [L, H].
+
+        The tokens are those that see at least one cached memory; without such ones both are 0.
+        """
+        seen = np.arange(len(self.tokens)) // self.segment_length
+        gates = self.gates[:, seen > 0].astype(float)
+        if not gates.size:
+            return (np.zeros((len(self.layers), self.gates.shape[2])),) * 2
+        entropy = -np.where(gates > 0, gates * np.log(np.where(gates > 0, gates, 1)), 0).sum(axis=-1)
+        equal = np.log1p(seen[seen > 0])[None, :, None]
+        return entropy.mean(axis=1), (entropy / equal).mean(axis=1)
+
+    def blocks(self, most: int = 8) -> Blocks:
+        """The same in a few blocks of positions and groups of cached segments.
+
+        Args:
+          most: blocks, and groups, at most.
+        """
+        tokens, ended = len(self.tokens), (len(self.tokens) - 1) // self.segment_length
+        width = max(1, -(-(ended + 1) // most))
+        starts = range(0, ended + 1, width)
+        positions = tuple(
+            (start * self.segment_length, min(tokens, (start + width) * self.segment_length))
+            for start in starts
+        )
+        segments = tuple((start, min(ended, start + width)) for start in starts if start < ended)
+        gates = self.gates.mean(axis=2).astype(float)
+        shares = np.stack(
+            [
+                np.stack(
+                    [
+                        *(
+                            gates[:, begin:end, first:stop].sum(axis=-1).mean(axis=-1)
+                            for first, stop in segments
+                        ),
+                        gates[:, begin:end, -1].mean(axis=-1),
+                    ],
+                    axis=-1,
+                )
+                for begin, end in positions
+            ],
+            axis=1,
+        )
+        return Blocks(positions=positions, segments=segments, shares=shares)
 
 
 def held_out_shares(run: Run) -> RouterShares | None:
@@ -142,15 +169,25 @@ def inspect_router(run: Run, text: str, needle: Span | None = None, *, asked_tok
     if not len(ids):
         raise ValueError("the text to inspect is empty; give one of more than a segment's tokens")
     row = np.concatenate([[tokenizer.separator_id], ids]).astype(np.int32)
-    found = None
+    layers, found = memory_layers(model), None
+    size = 4 * len(layers) * model.num_heads * len(row) * (2 + len(row) // model.segment_length)
+    if size > _MOST_BYTES:
+        raise ValueError(
+            f"what {len(row):,} tokens read takes {size / 2**30:.1f} GiB; give a shorter text, or set a "
+            "larger --model.segment-length"
+        )
+    if needle is not None and model.segmentation != "constant":
+        raise ValueError(
+            f"a needle's segment is not read alone with model.segmentation {model.segmentation!r}; name no "
+            "needle, or set --model.segmentation constant"
+        )
     gates = _gates(run, row)
     if needle is not None:
-        first, last = _positions(needle, text, tokenizer.bytes_of(ids))
-        segments = tuple(range(first // model.segment_length, last // model.segment_length + 1))
-        found = _find(gates, segments, asked_tokens, model.segment_length)
+        segments = segments_of(needle, text, tokenizer.bytes_of(ids), model.segment_length)
+        found = find(gates, segments, asked_tokens, model.segment_length)
     return Inspection(
         tokens=("", *(tokenizer.decode([token]) for token in ids)),
-        layers=memory_layers(model),
+        layers=layers,
         segment_length=model.segment_length,
         gates=gates,
         needle=found,
@@ -163,41 +200,3 @@ def _gates(run: Run, row: np.ndarray) -> np.ndarray:
     assert gates is not None, f"{run.config.model.aggregation!r} gave no gates"
     shares = np.concatenate([np.asarray(gates.cached), np.asarray(gates.online)[..., None]], axis=-1)[:, 0]
     return shares / shares.sum(axis=-1, keepdims=True)
-
-
-def _positions(needle: Span, text: str, token_bytes: np.ndarray) -> tuple[int, int]:
-    """First and last position in the row of the tokens that hold a needle, the separator being at 0."""
-    size = len(text) if needle.unit == "characters" else len(token_bytes)
-    if not 0 <= needle.start < needle.stop <= size:
-        raise ValueError(
-            f"the needle is {needle.unit} {needle.start} to {needle.stop} of a text of {size}; "
-            "give a start below its stop, both within the text"
-        )
-    if needle.unit == "tokens":
-        return needle.start + 1, needle.stop
-    ends = np.cumsum(token_bytes)
-    first_byte, stop_byte = (len(text[:place].encode()) for place in needle[:2])
-    return int(np.searchsorted(ends, first_byte, "right")) + 1, int(np.searchsorted(ends, stop_byte)) + 1
-
-
-def _find(
-    gates: np.ndarray, segments: tuple[int, ...], asked_tokens: int, segment_length: int
-) -> NeedleReading:
-    """How the last tokens of gates [L, T, H, S + 1] read some segments."""
-    tokens = gates.shape[1]
-    start = tokens - asked_tokens
-    if not 0 < start < tokens or start // segment_length <= segments[-1]:
-        raise ValueError(
-            f"the needle ends in segment {segments[-1]}, which is cached from position "
-            f"{(segments[-1] + 1) * segment_length} on, and the {asked_tokens} asked tokens begin at "
-            f"{start}; put more text between the two, or ask fewer tokens, at least 1"
-        )
-    asked = gates[:, start:]
-    hit = np.isin(asked[..., :-1].argmax(axis=-1), segments)  # [L, asked, H]
-    return NeedleReading(
-        segments=segments,
-        asked=(start, tokens),
-        share=asked[..., list(segments)].sum(axis=-1).mean(axis=1),
-        hit_rate=hit.mean(axis=1),
-        any_hit_rate=float(hit.any(axis=(0, 2)).mean()),
-    )

@@ -1,7 +1,5 @@
 """The report is one file, says what was measured, and lets nothing in that the model wrote."""
 
-import base64
-import html.parser
 import math
 import re
 import subprocess
@@ -9,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from html_pages import HtmlPage, must_load_nothing
 
 from mc_jax.evaluation.report import RouterPicture, write_report
 from mc_jax.training.router_shares import Reading, RouterShares
@@ -79,28 +78,6 @@ def _write(run_dir, **changes):
     return write_report(run_dir, **arguments)
 
 
-class _Page(html.parser.HTMLParser):
-    """Tags, attributes and visible text of a page."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.words = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def named(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    @property
-    def text(self):
-        return "".join(self.words)
-
-
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "my run"
@@ -110,28 +87,13 @@ def run_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(run_dir):
-    return _Page((run_dir / "report.html").read_text())
-
-
-def _pictures(page):
-    sources = [image["src"] for image in page.named("img")]
-    sources += [source["srcset"] for source in page.named("source")]
-    return [
-        base64.b64decode(source.removeprefix("data:image/svg+xml;base64,")).decode() for source in sources
-    ]
+    return HtmlPage((run_dir / "report.html").read_text())
 
 
 def test_the_report_is_one_file_that_loads_nothing(run_dir, page):
     assert [path.name for path in run_dir.iterdir()] == ["report.html"]
-    for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "iframe"), f"<{tag}> loads or runs something"
-        for name in ("src", "srcset", "href"):
-            assert attributes.get(name, "data:").startswith("data:"), f"{name} of <{tag}> leaves the file"
-    style = re.search(r"<style>(.*?)</style>", (run_dir / "report.html").read_text(), re.DOTALL)
-    assert style is not None
-    assert "url(" not in style[1]
-    assert "@import" not in style[1]
-    for picture in _pictures(page):
+    must_load_nothing((run_dir / "report.html").read_text())
+    for picture in page.pictures():
         for target in re.findall(r'href="([^"]*)"', picture):
             assert target.startswith(("#", "data:")), f"a picture loads {target}"
 
@@ -141,9 +103,13 @@ def test_every_picture_has_a_text_and_a_dark_twin(page):
     assert len(images) == 2
     assert all(len(image["alt"]) > 40 for image in images)
     assert "from 5.000 to 0.913 nats per token; held-out loss at the end 1.250" in images[0]["alt"]
-    assert [source["media"] for source in page.named("source")] == ["(prefers-color-scheme: dark)"] * 2
-    light, _, dark, _ = _pictures(page)
-    assert light != dark
+    dark, narrow = "(prefers-color-scheme: dark)", "(max-width: 40rem)"
+    expected = [dark, f"{narrow} and {dark}", narrow, dark]
+    assert [source["media"] for source in page.named("source")] == expected, (
+        "what a router reads fits a phone"
+    )
+    pictures = page.pictures()
+    assert len(set(pictures)) == len(pictures) == 6, "two of them are the same"
 
 
 def test_headings_are_in_order(page):
@@ -185,7 +151,7 @@ def test_what_changed_on_the_way_is_there(page):
 
 
 def test_the_heat_maps_name_layers_and_memories(page):
-    labels = re.findall(r"<text[^>]*>([^<]*)</text>", _pictures(page)[1])
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", page.pictures()[1])
     assert {"Layer 1", "Layer 3", "Layer 4", "online", "token position", "share of the reading"} <= set(
         labels
     )
@@ -203,7 +169,7 @@ def test_what_layers_read_on_average_is_a_row_each_and_the_last_is_of_equal_weig
 def test_without_router_held_out_text_or_settings_the_report_says_so(tmp_path):
     router = "This aggregation has no router."
     path = _write(tmp_path / "run", router=router, held_out=None, config_differences={}, metrics=_metrics(1))
-    page = _Page(path.read_text())
+    page = HtmlPage(path.read_text())
     assert "no router" in page.text
     assert "Nothing was measured on held-out text" in page.text
     assert "every field has its default" in page.text
@@ -215,7 +181,7 @@ def test_a_text_of_one_segment_has_nothing_to_read(tmp_path):
     router = RouterPicture(
         gates=gates, layers=[1, 2, 3], segment_length=SEGMENT_LENGTH, text="short", shares=None
     )
-    page = _Page(_write(tmp_path / "run", router=router, metrics=[]).read_text())
+    page = HtmlPage(_write(tmp_path / "run", router=router, metrics=[]).read_text())
     assert "fits in one segment" in page.text
     assert page.named("img") == []
 
@@ -223,7 +189,7 @@ def test_a_text_of_one_segment_has_nothing_to_read(tmp_path):
 def test_steps_without_a_finite_loss_are_left_out_and_counted(tmp_path):
     metrics = _metrics(10)
     metrics[4] = {"step": 5, "loss": math.nan, "bits_per_byte": math.nan}
-    page = _Page(_write(tmp_path / "run", router="There is none.", metrics=metrics).read_text())
+    page = HtmlPage(_write(tmp_path / "run", router="There is none.", metrics=metrics).read_text())
     assert "1 step whose loss was not finite is left out" in page.text
 
 
@@ -231,8 +197,8 @@ def test_held_out_losses_while_training_are_dots_in_the_curve(tmp_path):
     metrics = _metrics(10)
     metrics[4] |= {"held_out_loss": 2.5, "held_out_bits_per_byte": 3.6}
     metrics[9] |= {"held_out_loss": math.nan, "held_out_bits_per_byte": math.nan}
-    page = _Page(_write(tmp_path / "run", router="There is none.", metrics=metrics).read_text())
-    labels = re.findall(r"<text[^>]*>([^<]*)</text>", _pictures(page)[0])
+    page = HtmlPage(_write(tmp_path / "run", router="There is none.", metrics=metrics).read_text())
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", page.pictures()[0])
     assert "held-out" in labels
     assert "Dots: held-out loss" in page.text
 
@@ -242,9 +208,9 @@ def test_what_routers_read_while_training_is_a_curve(tmp_path):
     for step in (5, 10):
         metrics[step - 1] |= {f"router_cached_share_layer_{layer}": 0.9 / step for layer in (1, 3, 4)}
     metrics[7] |= {f"router_cached_share_layer_{layer}": math.nan for layer in (1, 3, 4)}
-    page = _Page(_write(tmp_path / "run", metrics=metrics).read_text())
+    page = HtmlPage(_write(tmp_path / "run", metrics=metrics).read_text())
     assert "from 18% at step 5 to 9% at step 10; 70% if all" in page.named("img")[-1]["alt"]
-    labels = re.findall(r"<text[^>]*>([^<]*)</text>", _pictures(page)[2])
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", page.pictures()[2])
     assert {"each layer", "mean of the layers", "all weighed alike"} <= set(labels)
 
 

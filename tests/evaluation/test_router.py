@@ -14,7 +14,8 @@ from mc_jax.data.dataset import Dataset
 from mc_jax.data.documents import Document, tokenize
 from mc_jax.data.store import memory_store
 from mc_jax.data.tokenizer import ByteTokenizer, train_bpe
-from mc_jax.evaluation.router import Span, inspect_router
+from mc_jax.evaluation.needle import Span
+from mc_jax.evaluation.router import inspect_router
 from mc_jax.training.run import Run
 
 LAYERS, HEADS, SEGMENT = 2, 2, 4

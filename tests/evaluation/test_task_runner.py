@@ -73,7 +73,10 @@ def test_the_command_writes_results_and_every_sample_whole(run, tmp_path, capsys
     assert all(line["tokens"] <= line["length"] for line in lines)
     last = lines[-1]
     assert last["prompt_sha256"] == hashlib.sha256(last["prompt"].encode()).hexdigest()
-    assert {"exact", "ranked first", "greedy", "log-likelihood"} == last["scores"].keys()
+    assert {"exact", "ranked first", "greedy", "log-likelihood", "router hit"} == last["scores"].keys()
+    assert last["scores"]["router hit"] == np.mean(last["router_hits"])
+    start, stop = last["needle"]
+    assert last["answers"][0] in last["prompt"][start:stop]
     assert 1 <= last["rank"] <= 3
     assert isinstance(last["generated"], str)
 
@@ -93,6 +96,7 @@ def test_the_command_writes_results_and_every_sample_whole(run, tmp_path, capsys
 
     page = (output / "tasks.html").read_text()
     assert page.count("<section>") == 3, "what was asked, and the tasks"
+    assert "router hit" in page
     assert page.count("<figure>") == 1, "a task with depths has a picture, one without has none"
     assert "mean ± standard error" in page
 

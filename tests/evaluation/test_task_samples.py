@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mc_jax.data.tokenizer import ByteTokenizer, train_bpe
-from mc_jax.evaluation.tasks import TASKS, Ask, TextTask, niah, sources
+from mc_jax.evaluation.tasks import TASKS, Ask, TextSample, TextTask, niah, sources
 from mc_jax.evaluation.tasks.key_value import key_value_prompt
 from mc_jax.evaluation.tasks.mqar import symbol_tokens
 from mc_jax.evaluation.tasks.niah import in_noise, in_sentences, niah_prompt
@@ -40,6 +40,13 @@ def bpe():
 
 def ask(length: int = 800, index: int = 0, tokenizer=None, **values) -> Ask:
     return Ask(tokenizer=tokenizer or ByteTokenizer(), length=length, index=index, **values)
+
+
+def needle_of(sample: TextSample) -> str:
+    """The part of a prompt that tells the answer."""
+    assert sample.needle is not None
+    start, stop = sample.needle
+    return sample.prompt[start:stop]
 
 
 def sha256(text: str) -> str:
@@ -81,7 +88,9 @@ def test_a_sample_is_as_long_as_asked_and_never_longer(name, length, bytewise, b
 
 @pytest.mark.parametrize("name", [name for name in TASKS if not name.startswith(("mqar", "mad"))])
 def test_a_length_without_room_is_refused_with_the_length_that_has_it(name):
-    with pytest.raises(ValueError, match=r"length of 60 tokens is too short.*set --length to (\d+) or more"):
+    with pytest.raises(
+        ValueError, match=r"length of 60 tokens is too short.*set --recall.length to (\d+) or more"
+    ):
         TASKS[name].draw(ask(60))
 
 
@@ -158,6 +167,7 @@ def test_a_needle_stands_once_at_its_depth_and_is_asked_for(name):
         key = sample.labels["key"]
         needle = niah.NEEDLE.format(type_needle_v=kind, key=key, value=sample.answers[0])
         assert sample.prompt.count(needle) == 1
+        assert needle_of(sample) == needle
         assert sample.prompt.count("One of the special magic") == (4 if name == "mk-niah-1" else 1)
         assert sample.prompt.endswith(f" for {key} mentioned in the provided text is")
         assert abs(sample.prompt.index(needle) / len(sample.prompt) - sample.depth) < 0.35
@@ -184,6 +194,7 @@ def test_pass_keys_take_turns_in_depth():
     for sample in samples:
         _, before, needle, after, question = sample.prompt.split("\n")
         assert f"The pass key is {sample.answers[0]}." in needle
+        assert needle_of(sample) == needle
         assert question == "What is the pass key? The pass key is"
         assert abs(len(before) / (len(before) + len(after)) - sample.depth) < 0.01
 
@@ -219,7 +230,7 @@ def test_a_generated_document_has_the_line_that_is_asked_for():
         sample = TASKS["key-value"].draw(ask(1200, index))
         key = sample.labels["key"]
         lines = [line for line in sample.prompt.split("\n") if line.startswith(f"{key}: ")]
-        assert lines == [f"{key}: {sample.answers[0]}"]
+        assert [needle_of(sample)] == lines == [f"{key}: {sample.answers[0]}"]
         assert sample.prompt.endswith(f". {key}:")
         assert f": {sample.alternatives[0]}\n" in sample.prompt, "other lines' values come first"
 
@@ -236,13 +247,15 @@ def test_a_users_document_is_cut_around_its_value(tmp_path):
     ]
     file.write_text("".join(json.dumps(document) + "\n" for document in documents))
     sample = TASKS["key-value"].draw(ask(300, 0, documents=file))
-    assert "Ada Lovelace" in sample.prompt
+    assert needle_of(sample) == "Ada Lovelace"
     assert sample.prompt.endswith(". Director:")
     assert 200 < len(sample.tokens) + 48 <= 300
     assert abs(sample.depth - 0.5) < 0.1, "the value is not in the middle"
     assert sample.alternatives == ("Émile",)
     assert TASKS["key-value"].draw(ask(300, 1, documents=file)).answers == ("Émile",)
-    with pytest.raises(ValueError, match="has 2 documents with their value in the text; set --samples"):
+    with pytest.raises(
+        ValueError, match=r"has 2 documents with their value in the text; set --recall.samples"
+    ):
         TASKS["key-value"].draw(ask(300, 2, documents=file))
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a", "key": "b", "value": "c"}\n{"text": 1}\n')
@@ -303,7 +316,7 @@ def test_selective_copying_asks_for_the_symbols_in_their_order():
     assert sign == 15
     assert set(blanks) == {14}
     np.testing.assert_array_equal(sample.places, np.arange(240, 256))
-    with pytest.raises(ValueError, match="set --length to 34 or more"):
+    with pytest.raises(ValueError, match=r"set --recall.length to 34 or more"):
         TASKS["mad-selective-copying"].draw(ask(33))
 
 

@@ -7,9 +7,10 @@ hazyresearch/based-swde-v2 and based-fda have; of those a window around the valu
 
 import functools
 import json
+import re
 from pathlib import Path
 
-from mc_jax.evaluation.tasks.sample import Ask, TextSample, TextTask, TooShort, fit, prompt_tokens
+from mc_jax.evaluation.tasks.sample import Ask, TextSample, TextTask, TooShort, fit, place_of, prompt_tokens
 from mc_jax.evaluation.tasks.sources import essays, names
 
 _NEW_TOKENS = 48
@@ -65,6 +66,7 @@ def _generated(ask: Ask) -> TextSample:
         alternatives=tuple(others[: ask.alternatives]),
         depth=prompt.index(f"{keys[asked]}: ") / len(prompt),
         sources={"document": f"lines between passages of {essays().source}", "keys": names().source},
+        needle=place_of(f"{keys[asked]}: {values[asked]}", prompt),
         labels={"key": keys[asked], "lines": len(lines)},
     )
 
@@ -93,6 +95,7 @@ def _read(ask: Ask, file: Path) -> TextSample:
     else:
         whole = key_value_prompt(document["value"], key)
         raise TooShort(ask.length, len(prompt_tokens(ask.tokenizer, whole)) + _NEW_TOKENS + _SLACK)
+    found = re.search(re.escape(value), prompt, re.IGNORECASE)
     others = dict.fromkeys(other["value"] for other in documents if other["key"] == key)
     others.pop(value, None)
     return TextSample(
@@ -100,8 +103,9 @@ def _read(ask: Ask, file: Path) -> TextSample:
         tokens=tokens,
         answers=(value,),
         alternatives=tuple(others)[: ask.alternatives],
-        depth=max(0, prompt.lower().find(value.lower())) / len(prompt),
+        depth=0.0 if found is None else found.start() / len(prompt),
         sources={"document": f"{file.name} of the user"},
+        needle=None if found is None else found.span(),
         labels={"key": key, "document": ask.index},
     )
 

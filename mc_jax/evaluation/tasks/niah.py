@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from mc_jax.evaluation.tasks.sample import Ask, TextSample, TextTask, fit
+from mc_jax.evaluation.tasks.sample import Ask, TextSample, TextTask, fit, place_of
 from mc_jax.evaluation.tasks.sources import NOISE, NOISE_SOURCE, essays, names, sentences
 
 TEMPLATE = (
@@ -124,6 +124,7 @@ def draw(kind: Kind, ask: Ask) -> TextSample:
             "haystack": NOISE_SOURCE if kind.haystack == "noise" else essays().source,
             "keys": names().source,
         },
+        needle=place_of(needles[asked], prompt),
         labels={"key": keys[asked]},
     )
 

@@ -1,6 +1,6 @@
 """Passkey retrieval (Landmark attention, arXiv:2305.16300): a number in garbage, by length and depth."""
 
-from mc_jax.evaluation.tasks.sample import Ask, TextSample, TextTask, fit
+from mc_jax.evaluation.tasks.sample import Ask, TextSample, TextTask, fit, place_of
 from mc_jax.evaluation.tasks.sources import NOISE, NOISE_SOURCE
 
 _BEGIN = (
@@ -38,6 +38,7 @@ def draw(ask: Ask) -> TextSample:
         alternatives=tuple(map(str, others)),
         depth=depth,
         sources={"haystack": NOISE_SOURCE},
+        needle=place_of(_NEEDLE.format(key=key), prompt),
     )
 
 

@@ -116,13 +116,16 @@ def cells_of(lines: Sequence[Mapping[str, Any]]) -> tuple[Cell, ...]:
             length=length,
             depth=depth,
             samples=len(groups[length, depth]),
-            means={
-                name: mean([scores[name] for scores in groups[length, depth]])
-                for name in groups[length, depth][0]
-            },
+            means=_means(groups[length, depth]),
         )
         for length, depth in order
     )
+
+
+def _means(samples: Sequence[Mapping[str, float]]) -> dict[str, Mean]:
+    """The mean of each score over the samples that have it."""
+    names = dict.fromkeys(name for scores in samples for name in scores)
+    return {name: mean([scores[name] for scores in samples if name in scores]) for name in names}
 
 
 def less_the_first(result: TaskResult, first: TaskResult) -> tuple[Cell, ...]:

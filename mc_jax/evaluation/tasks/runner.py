@@ -19,7 +19,7 @@ from mc_jax.evaluation.tasks.sample import (
     TooShort,
     sha256,
 )
-from mc_jax.evaluation.tasks.scoring import Judge, generations, likelihoods, recalls
+from mc_jax.evaluation.tasks.scoring import Judge, generations, likelihoods, recalls, router_hits
 from mc_jax.training.run import Run
 from mc_jax.training.seal import make_seal
 
@@ -153,6 +153,7 @@ def _text_lines(
 ) -> list[dict[str, Any]]:
     likely = likelihoods(judge, samples, length - 1)
     said = generations(judge, task, samples) if generate else [None] * len(samples)
+    hits = router_hits(judge, samples, length - 1)
     return [
         {
             **_common(task.name, index, length, sample),
@@ -167,10 +168,15 @@ def _text_lines(
                 "ranked first": float(likelihood.rank == 1),
                 "greedy": float(likelihood.is_greedy),
                 "log-likelihood": likelihood.log_likelihood,
+                **({} if hit is None else {"router hit": float(hit.mean())}),
             },
             "rank": likelihood.rank,
+            **({} if sample.needle is None else {"needle": list(sample.needle)}),
+            **({} if hit is None else {"router_hits": hit.astype(int).tolist()}),
         }
-        for index, (sample, likelihood, generated) in enumerate(zip(samples, likely, said, strict=True))
+        for index, (sample, likelihood, generated, hit) in enumerate(
+            zip(samples, likely, said, hits, strict=True)
+        )
     ]
 
 

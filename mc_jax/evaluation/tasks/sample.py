@@ -55,6 +55,8 @@ class TextSample:
     """Where the answer stands, from 0, the context's beginning, to 1."""
     sources: Mapping[str, str]
     """Where the text and the words come from, by what they are."""
+    needle: tuple[int, int] | None = None
+    """First character of the part that tells the answer, and the one after the last; None: unknown."""
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What else tells samples apart."""
 
@@ -141,6 +143,12 @@ def prompt_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
 def answer_tokens(tokenizer: Tokenizer, answer: str) -> np.ndarray:
     """The tokens of an answer after its prompt, int32: a space stands between them."""
     return tokenizer.encode(" " + answer)
+
+
+def place_of(part: str, prompt: str) -> tuple[int, int]:
+    """Where a part stands in a prompt first: its first character, and the one after its last."""
+    start = prompt.index(part)
+    return start, start + len(part)
 
 
 def fit(

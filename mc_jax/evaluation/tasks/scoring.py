@@ -17,10 +17,12 @@ from flax import nnx
 
 from mc_jax.caching import Storage
 from mc_jax.data.tokenizer import Tokenizer
+from mc_jax.evaluation.needle import Span, hits_at_end, segments_of
 from mc_jax.evaluation.tasks.metrics import METRICS, Generated
 from mc_jax.evaluation.tasks.sample import RowSample, TextSample, TextTask, answer_tokens
 from mc_jax.inference.generate import generate
 from mc_jax.nn import LanguageModel
+from mc_jax.training.router_shares import has_router
 
 _ANSWER_TOKENS = 8  # answers are filled up to a multiple of this
 _PLACES = 32  # and places and candidates of this
@@ -124,6 +126,39 @@ def generations(judge: Judge, task: TextTask, samples: Sequence[TextSample]) -> 
             said = _until_stop(judge.tokenizer, ids, stops_at_newline=task.stops_at_newline)
             found[number] = (said, METRICS[task.metric](said, samples[number].answers))
     return [found[number] for number in range(len(samples))]
+
+
+def router_hits(judge: Judge, samples: Sequence[TextSample], length: int) -> list[np.ndarray | None]:
+    """Whether each layer and head [L, H], at a prompt's last token, reads the needle's segment most.
+
+    None for a sample whose needle is not known, or not in the cache yet; for all samples without a router, or
+    with segments that are read in groups.
+
+    Args:
+      judge: the model.
+      samples: their prompts are read.
+      length: tokens that no prompt exceeds.
+    """
+    config, tokenizer = judge.model.config, judge.tokenizer
+    found: list[np.ndarray | None] = [None] * len(samples)
+    needles = {number: Span(*sample.needle) for number, sample in enumerate(samples) if sample.needle}
+    if not has_router(config) or config.segmentation != "constant":
+        return found
+    padded = _round_up(length, config.segment_length)
+    for batch in _batches(list(needles), judge.batch_size):
+        rows, lengths = _filled([samples[number].tokens for number in batch], padded)
+        segments = [
+            segments_of(
+                needles[number],
+                samples[number].prompt,
+                tokenizer.bytes_of(samples[number].tokens[1:]),
+                config.segment_length,
+            )
+            for number in batch
+        ]
+        for number, hits in zip(batch, hits_at_end(judge.model, rows, lengths, segments), strict=True):
+            found[number] = hits
+    return found
 
 
 def recalls(judge: Judge, samples: Sequence[RowSample], length: int) -> list[Recall]:
