@@ -108,8 +108,8 @@ def sweep(arguments: Sequence[str]) -> None:
         cell, error = outcome.failed[0]
         raise FailedCells(
             f"{len(outcome.failed)} of {len(grid.cells)} cells have no result, the first of "
-            f"{cell.run} with {_told(cell.settings())}: {error}; all stand in {chosen.output / 'cells'}, "
-            "and the same command tries them again"
+            f"{cell.run} with {_told(cell.settings())}: {error}; the same "
+            "command tries them again"
         )
 
 

@@ -243,6 +243,19 @@ def test_a_cell_that_fails_is_recorded_and_told_and_tried_again(folder, tmp_path
     assert not error.exists()
 
 
+def test_a_run_that_cannot_be_read_does_not_stop_the_others(folder, tmp_path):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_bytes((folder / "run" / "config.json").read_bytes())
+    (tmp_path / "begun" / "tokenizer.json").write_bytes((folder / "run" / "tokenizer.json").read_bytes())
+    runs = [str(tmp_path / "begun"), str(folder / "run")]
+    outcome = run_sweep(grid_of(runs, Axes()), tmp_path / "dial", SOURCE)
+    assert [values["run"] for values in outcome.results] == runs[1:]
+    ((cell, error),) = outcome.failed
+    assert (cell.run, "no complete checkpoint" in error) == (runs[0], True), error
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        run_sweep(grid_of(runs[:1], Axes()), tmp_path / "dial", SOURCE)
+
+
 def test_overwrite_measures_again_what_was_there(folder, tmp_path):
     axes = Axes(aggregation=("none",))
     run_sweep(grid(folder, axes), tmp_path, SOURCE)

@@ -122,14 +122,16 @@ class Cell:
         windows = (self.storage,) if self.mode == "stream" else ()
         return self.run, self.mode == "stream", self.config.model, self.config.data.context_length, *windows
 
-    def command(self, step: int, text: Sequence[str] = ()) -> str:
+    def command(self, step: int | None, text: Sequence[str] = ()) -> str:
         """The `mc-jax eval` that measures this cell alone.
 
         Args:
-          step: of the checkpoint.
+          step: of the checkpoint; None: the newest.
           text: options that name the text.
         """
-        words = ["mc-jax", "eval", self.run, "--step", str(step), "--mode", self.mode]
+        words = ["mc-jax", "eval", self.run]
+        words += [] if step is None else ["--step", str(step)]
+        words += ["--mode", self.mode]
         for name, value in self.changes.items():
             words += [f"--{name.replace('_', '-')}", str(value)]
         for name in ("last_k", "first"):

@@ -32,7 +32,7 @@ def write_report(outcome: Outcome, grid: Grid, folder: Path, *, command: str) ->
     from mc_jax.evaluation.sweep.page import dial_page  # matplotlib takes seconds
 
     left_out = [f"{reason} ({count} combinations)" for reason, count in grid.left_out.items()]
-    failed = [f"{cell.command(0)}: {error}" for cell, error in outcome.failed]
+    failed = [f"{cell.command(None)}: {error}" for cell, error in outcome.failed]
     path = folder / PAGE
     write_text(path, dial_page(outcome.results, rows, {**told, "left_out": left_out, "failed": failed}))
     return path

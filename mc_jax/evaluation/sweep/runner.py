@@ -81,21 +81,29 @@ def run_sweep(
       told: called with each cell that this process has looked at.
 
     Raises:
-      ValueError: a run that cannot be loaded, or read on this text; a file of a cell that is damaged.
+      ValueError: no run can be loaded, or read on this text; a file of a cell is damaged. Where some runs
+        can, the cells of the others have an error.
     """
     cells_folder = folder / CELLS_FOLDER
     make_folder(cells_folder)
     files = _Files(cells_folder, overwrite)
     names: dict[int, str] = {}  # by the cell's place in the grid
     places = {id(cell): place for place, cell in enumerate(grid.cells)}
+    lost: dict[int, Exception] = {}  # likewise
     pending = grid.groups()
     with _Loaded(source) as loaded:
         while pending:
             busy: list[tuple[Cell, ...]] = []
             for group in pending:
-                for cell in group:
-                    if places[id(cell)] not in names:
-                        names[places[id(cell)]] = name_of(cell, *loaded.get(cell))
+                try:
+                    for cell in group:
+                        if places[id(cell)] not in names:
+                            names[places[id(cell)]] = name_of(cell, *loaded.get(cell))
+                except (ValueError, OSError) as error:
+                    for cell in group:
+                        lost[places[id(cell)]] = error
+                        told(Done(cell=cell, seconds=None, error=str(error)))
+                    continue
                 named = [(cell, names[places[id(cell)]]) for cell in group]
                 with contextlib.ExitStack() as stack:
                     wanted = [name for _, name in named if not files.is_done(name)]
@@ -106,7 +114,11 @@ def run_sweep(
             if len(busy) == len(pending):
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
             pending = busy
-    return files.outcome([(cell, names[place]) for place, cell in enumerate(grid.cells)])
+    if not names:
+        raise next(iter(lost.values()))
+    found = files.outcome([(cell, names[place]) for place, cell in enumerate(grid.cells) if place in names])
+    unread = tuple((grid.cells[place], str(error)) for place, error in lost.items())
+    return dataclasses.replace(found, failed=(*found.failed, *unread))
 
 
 def _measure_group(
@@ -141,6 +153,7 @@ class _Loaded:
         self._stack = contextlib.ExitStack()
         self._key: tuple[str, bool] | None = None
         self._found: tuple[Run, TokenStore] | None = None
+        self._failed: dict[tuple[str, bool], Exception] = {}
 
     def __enter__(self) -> "_Loaded":
         return self
@@ -150,13 +163,19 @@ class _Loaded:
 
     def get(self, cell: Cell) -> tuple[Run, TokenStore]:
         key = cell.run, cell.mode == "stream"
+        if key in self._failed:
+            raise self._failed[key]
         if key != self._key or self._found is None:
             self._stack.close()
             self._found = None
             if cell.mode != "stream":  # whose caches lie on one device
                 self._stack.enter_context(all_devices(cell.trained))
-            run = load_run(cell.run, self.source.step)
-            self._key, self._found = key, (run, self.source.text_of(run))
+            try:
+                run = load_run(cell.run, self.source.step)
+                self._key, self._found = key, (run, self.source.text_of(run))
+            except (ValueError, OSError) as error:
+                self._failed[key] = error
+                raise
         return self._found
 
 
