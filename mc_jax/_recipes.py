@@ -29,7 +29,7 @@ def family_files() -> dict[str, Path]:
 
 def family(name: str) -> dict[str, Config]:
     """The members of a family in `experiments`, by the names that `load_recipe` takes."""
-    return _members(name, _run(family_files()[name], "configs")[1])
+    return _members(name, run_module(family_files()[name], "configs")[1])
 
 
 def known_recipes() -> list[str]:
@@ -78,14 +78,14 @@ def load_recipe(recipe: str) -> tuple[str, str, Config]:
         path = files[recipe]
     elif not path.is_file():
         raise UsageError(f"there is no file {recipe}; give a recipe's name or the path of its Python file")
-    module, config = _run(path, "config")
+    module, config = run_module(path, "config")
     return path.stem, _described(module), _must_be_config(config, path)
 
 
 def _load_member(recipe: str) -> tuple[str, str, Config]:
     for name, path in family_files().items():
         if recipe == name or recipe.startswith(name + "-"):
-            module, configs = _run(path, "configs")
+            module, configs = run_module(path, "configs")
             members = _members(name, configs)
             if recipe not in members:
                 pattern = _pattern(name, path)
@@ -105,8 +105,12 @@ def _members(name: str, configs: dict[str, Config]) -> dict[str, Config]:
     return {f"{name}-{member}": config for member, config in configs.items()}
 
 
-def _run(path: Path, function: str) -> tuple[ModuleType, Any]:
-    """Import a recipe's module and call its function; what goes wrong there is told with its line."""
+def run_module(path: Path, function: str) -> tuple[ModuleType, Any]:
+    """Import a recipe's module and call its function.
+
+    Raises:
+      UsageError: it cannot be imported, or the function fails; the message tells the line.
+    """
     try:
         module = _import(path)
         return module, getattr(module, function)()

@@ -1,0 +1,56 @@
+"""Studies, which `python -m experiments.study` runs: modules with a function `study()`."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from mc_jax._arguments import UsageError
+from mc_jax.evaluation.result import RESULT_FILE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Variants of a recipe that are trained alike, and compared."""
+
+    recipe: str
+    """What `mc-jax train` is given first."""
+    variants: Mapping[str, tuple[str, ...]]
+    """Its options, by the variants' names; the first variant is what the others are compared with."""
+    common: tuple[str, ...] = ()
+    """Options of all variants."""
+    sweep: tuple[str, ...] = ()
+    """Options of `mc-jax sweep`: how each run is read, besides as it was trained."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training of a study."""
+
+    variant: str
+    """The variant's name."""
+    seed: int
+    """What draws its weights and its rows."""
+    folder: Path
+    """The run's folder."""
+    words: tuple[str, ...]
+    """The command."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run was trained to its end and measured, by this command.
+
+        Raises:
+          UsageError: by another one.
+        """
+        file = self.folder / RESULT_FILE
+        if not file.exists():
+            return False
+        found = json.loads(file.read_text())["command"]
+        if shlex.split(found) != list(self.words):
+            raise UsageError(
+                f"{self.folder} was made by {found}, and not by {shlex.join(self.words)}; delete it, or name "
+                "another --runs-dir"
+            )
+        return True
