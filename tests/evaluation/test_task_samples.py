@@ -309,6 +309,38 @@ def test_mad_asks_for_each_value_that_was_told_before(name):
     assert abs(noise / (20 * 64) - (0.2 if "noisy" in name else 0)) < 0.05
 
 
+def test_fuzzy_recall_asks_for_every_symbol_of_the_values_that_were_told_before():
+    lengths, repeated = set(), 0
+    for index in range(60):
+        sample = TASKS["mad-fuzzy-recall"].draw(ask(64, index))
+        row = np.append(sample.tokens, sample.targets[-1])
+        assert len(row) == 64
+        assert sample.candidates.tolist() == list(range(7, 15))
+        begin = int(np.argmax(row != 15))
+        assert not (row[begin:] == 15).any(), "blanks come first alone"
+        told, expected, place = {}, {}, begin
+        while place < 64:
+            key, place = tuple(row[place : place + 3]), place + 3
+            assert len(set(key)) == 3
+            assert max(key) < 7
+            stop = place + int(np.argmax(np.append(row[place:], 0) < 7))
+            value = tuple(row[place:stop])
+            assert 1 <= len(set(value)) == len(value) <= 3
+            lengths.add(len(value))
+            if key in told:
+                assert told[key] == value, "a key has two values"
+                expected |= {place - 1 + offset: symbol for offset, symbol in enumerate(value)}
+                repeated += 1
+            told[key], place = value, stop
+        assert expected == dict(zip(sample.places, sample.targets, strict=True))
+        assert sample.places[-1] == 62, "the last pair's value is asked for"
+    assert lengths == {1, 2, 3}
+    assert repeated > 60, "beside the last pair others come again, too"
+    assert len(TASKS["mad-fuzzy-recall"].draw(ask(12)).tokens) == 11
+    with pytest.raises(ValueError, match=r"set --recall.length to 12 or more"):
+        TASKS["mad-fuzzy-recall"].draw(ask(11))
+
+
 def test_selective_copying_asks_for_the_symbols_in_their_order():
     sample = TASKS["mad-selective-copying"].draw(ask(256))
     told, sign, blanks = sample.tokens[:239], sample.tokens[239], sample.tokens[240:]
