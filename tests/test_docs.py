@@ -4,6 +4,7 @@ XPK's and SkyPilot's own parsers read their lines in scripts/launch/validate.
 """
 
 import importlib
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -31,6 +32,8 @@ def check(command: Command, folder: pathlib.Path) -> None:
             parse_mc_jax(["train", *(words or ["quickstart"])])
         case "scripts/launch/gke":
             parse_mc_jax(what_gke_starts(words, folder))
+        case "python" if words[1] == "mc_jax.evaluation.harness":
+            check_lm_eval(words[2:])
         case "python":
             assert words[0] == "-m", command
             parse_main(importlib.import_module(words[1]).main, words[2:])
@@ -68,6 +71,19 @@ def what_gke_starts(words: list[str], folder: pathlib.Path) -> list[str]:
     )
     assert done.returncode == 0, done.stderr
     return shlex.split(done.stdout.partition(" mc-jax ")[2])
+
+
+def check_lm_eval(words: list[str]) -> None:
+    """Have lm-eval's own parser read its options, where it is installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return
+    cli = importlib.import_module("lm_eval._cli").HarnessCLI()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["lm_eval", *words])
+        try:
+            assert cli.parse_args().model == "mc_jax", words
+        except SystemExit:
+            pytest.fail(f"lm-eval refuses {shlex.join(words)}")
 
 
 def additions() -> set[str]:

@@ -36,6 +36,7 @@ APPENDED: dict[str, list[str] | None] = {
     "scripts/test": ["tests/test_absent_tpu.py"],
     "scripts/setup": None,  # some bring gigabytes
     "scripts/setup aot": [],  # scripts/test does so too
+    "scripts/setup eval": [],
     "scripts/launch": None,
     "scripts/gpu_check": ["--help"],
     "mc-jax train": ["--help"],
@@ -54,6 +55,7 @@ APPENDED: dict[str, list[str] | None] = {
     "mc-jax eval runs/quickstart --tasks passkey s-niah-1 --recall.length": ["--help"],
     "mc-jax eval runs/quickstart --tasks passkey --model": ["--help"],
     "mc-jax eval runs/quickstart --tasks all": ["--help"],
+    "mc-jax eval runs/quickstart --tasks": ["--help"],
     "mc-jax eval runs/quickstart --inspect-router README.md": [],
     "mc-jax eval runs/quickstart --inspect-router letter.txt": ["--help"],
     "mc-jax generate": ["--tokens", "4"],

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +10,7 @@ import tyro
 
 from mc_jax._arguments import UsageError
 from mc_jax.config import AggregationName, Segmentation
+from mc_jax.evaluation.harness.settings import PREFIX, HarnessSettings
 from mc_jax.evaluation.recall import RecallSettings
 
 
@@ -76,7 +77,8 @@ class EvalArguments:
     text_field: str = "text"
     """Field of .jsonl, or column of .parquet, that has the text."""
     tasks: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TASK ...")] = None
-    """Ask tasks instead, by their names in docs/tasks.md, or "all"."""
+    """Ask tasks instead, by their names in docs/tasks.md, or "all"; or lm-eval's, as lm_eval:NAME, or
+    lm_eval:PATH.yaml."""
     inspect_router: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Tell instead what each token of this text file reads of the cached memories; - is standard input."""
     needle: str | None = None
@@ -85,12 +87,15 @@ class EvalArguments:
     """Tokens at that text's end whose reading counts for the needle; None: the last one."""
     recall: RecallSettings = RecallSettings()  # noqa: RUF009 - frozen
     """How tasks are asked, with --tasks."""
+    lm_eval: HarnessSettings = HarnessSettings()  # noqa: RUF009 - frozen
+    """How tasks of lm-eval are asked, with --tasks lm_eval:NAME."""
     model: ModelDial = ModelDial()
     data: DataDial = DataDial()
     evaluation: EvaluationDial = EvaluationDial()
     output: Path | None = None
     """Folder for RUN.MODE.json, all that was found and how, made if missing; with --tasks, a new one for
-    tasks.html, results.json and samples.jsonl; with --inspect-router, for RUN.router.html and .json."""
+    tasks.html, results.json and samples.jsonl, or lm-eval's results.json and samples_TASK.jsonl; with
+    --inspect-router, for RUN.router.html and .json."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print JSON instead of tables."""
 
@@ -100,6 +105,7 @@ _OF_TEXT = (
     *("data.corpus", "data.context_length", "evaluation.stride"),
 )
 _OF_TASKS = tuple(f"recall.{field.name}" for field in dataclasses.fields(RecallSettings))
+_OF_LM_EVAL = tuple(f"lm_eval.{field.name}" for field in dataclasses.fields(HarnessSettings))
 _OF_ROUTER = ("needle", "asked_tokens")
 _STORAGE = ("max_cached", "when_full", "state_dtype")
 
@@ -114,10 +120,19 @@ def must_have_effect(chosen: EvalArguments) -> None:
         _refuse(chosen, _OF_ROUTER, "without --inspect-router; leave it out, or name a text file")
     if chosen.tasks is None:
         _refuse(chosen, _OF_TASKS, "without --tasks; leave it out, or name tasks")
+    if not of_lm_eval(chosen.tasks or ()):
+        _refuse(chosen, _OF_LM_EVAL, f"without --tasks {PREFIX}NAME; leave it out, or name such a task")
     if chosen.inspect_router is not None:
         _refuse(chosen, ("tasks", *_OF_TEXT, "evaluation.batch_size"), "with --inspect-router; leave it out")
         if chosen.needle is None:
             _refuse(chosen, ["asked_tokens"], "without --needle; leave it out")
+    elif of_lm_eval(chosen.tasks or ()):
+        if chosen.evaluation.stride is not None:
+            raise UsageError("--evaluation.stride has no effect on tasks of lm-eval; set --lm-eval.stride")
+        _refuse(chosen, _OF_TASKS, "on tasks of lm-eval; leave it out")
+        _refuse(
+            chosen, [name for name in _OF_TEXT if name != "data.context_length"], "with --tasks; leave it out"
+        )
     elif chosen.tasks is not None:
         if chosen.data.context_length is not None:
             raise UsageError("--data.context-length has no effect with --tasks; set --recall.length")
@@ -148,6 +163,18 @@ def _refuse(chosen: EvalArguments, names: Iterable[str], why: str) -> None:
         value = operator.attrgetter(name)
         if value(chosen) != value(EvalArguments):
             raise UsageError(f"--{name.replace('_', '-')} has no effect {why}")
+
+
+def of_lm_eval(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks as lm-eval has them, if they are its; empty: none is.
+
+    Raises:
+      UsageError: some are, and some are not.
+    """
+    names = tuple(task.removeprefix(PREFIX) for task in tasks if task.startswith(PREFIX))
+    if names and len(names) < len(tasks):
+        raise UsageError(f"--tasks are {' '.join(tasks)}; ask those of lm-eval by themselves")
+    return names
 
 
 def mode_name(chosen: EvalArguments) -> str:

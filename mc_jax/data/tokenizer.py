@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -78,6 +79,10 @@ class Tokenizer(Protocol):
         """Write one JSON file that `load_tokenizer` reads."""
         ...
 
+    def library_model(self) -> tokenizers.Tokenizer:
+        """The same as the library tokenizers has it, without the separator."""
+        ...
+
 
 class ByteTokenizer:
     """One token a byte of UTF-8; vocabulary 257."""
@@ -139,6 +144,10 @@ class ByteTokenizer:
         """Write one JSON file that `load_tokenizer` reads."""
         write_json(path, self._description() | {"fingerprint": self.fingerprint}, indent=None)
 
+    def library_model(self) -> tokenizers.Tokenizer:
+        """The same as the library tokenizers has it, without the separator."""
+        return BpeTokenizer(self._merges).library_model()
+
     def _description(self) -> dict[str, Any]:
         return {"kind": _KIND, "version": _VERSION, "tokenizer": self.kind, "merges": self._merges}
 
@@ -179,6 +188,10 @@ class BpeTokenizer(ByteTokenizer):
             for cut in pieces
         ]
 
+    def library_model(self) -> tokenizers.Tokenizer:
+        """The same as the library tokenizers has it, without the separator."""
+        return self._model
+
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     """Learn a BPE of `vocab_size` ids from `texts`; the same texts always give the same tokenizer.
@@ -218,6 +231,18 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     if fingerprint != _fingerprint(values):
         raise ValueError(f"the tokenizer at {path} is damaged: it does not fit its own fingerprint; {_CURE}")
     return ByteTokenizer() if values["tokenizer"] == "bytes" else BpeTokenizer(values["merges"])
+
+
+def write_transformers_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer as transformers' AutoTokenizer reads it from a folder; it knows no separator.
+
+    Args:
+      tokenizer: as of this module.
+      folder: which is there.
+    """
+    model = tokenizer.library_model()
+    model.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def cut_text(text: str, length: int = _PIECE_CHARACTERS) -> Iterator[str]:

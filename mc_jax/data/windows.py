@@ -25,14 +25,23 @@ class Window(NamedTuple):
     """Past the last, which is scored."""
 
 
-def overlapping_windows(store: TokenStore, document: int, *, length: int, stride: int) -> Iterator[Window]:
+def overlapping_windows(
+    store: TokenStore, document: int, *, length: int, stride: int, pairs: int | None = None
+) -> Iterator[Window]:
     """Windows in which every pair of a document is scored exactly once.
 
     The first window scores all that it holds. Each further one goes on by `stride` pairs: it scores these,
     its last, and reads the pairs before them as context. The document's last window goes on by what is left
     and reads the more context.
+
+    Args:
+      store: the documents.
+      document: which.
+      length: pairs in a window, at most.
+      stride: pairs by which windows go on.
+      pairs: how many of the document's first pairs there are to be; None: all.
     """
-    pairs = num_pairs(store, document)
+    pairs = num_pairs(store, document) if pairs is None else pairs
     scored, end = 0, min(length, pairs)
     while scored < pairs:
         yield Window(document, max(end - length, 0), scored, end)

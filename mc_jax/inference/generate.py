@@ -4,6 +4,8 @@ Shapes: B batch, T tokens.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,26 @@ from mc_jax.nn import LanguageModel
 from mc_jax.training.run import Run, load_run
 
 
+class Filled(NamedTuple):
+    """Prompts filled up to one length: batches of one shape share a compiled program."""
+
+    rows: np.ndarray
+    """Each prompt, and zeros after it, int32 [B, T]; T is whole segments."""
+    lengths: np.ndarray
+    """Tokens of each prompt, int32 [B]."""
+
+
+def fill(prompts: Sequence[np.ndarray], length: int) -> Filled:
+    """Lay prompts into rows of `length` tokens, which none exceeds."""
+    rows = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return Filled(rows, np.array([len(prompt) for prompt in prompts], np.int32))
+
+
 def generate(
     model: LanguageModel,
-    prompts: list[np.ndarray],
+    prompts: Sequence[np.ndarray] | Filled,
     *,
     tokens: int,
     temperature: float = 1.0,
@@ -31,7 +50,7 @@ def generate(
 
     Args:
       model: the language model.
-      prompts: token ids, one array of at least one token a row.
+      prompts: token ids, one array of at least one token a row; or filled up already.
       tokens: how many to add to each.
       temperature: 0 is greedy, 1 the model's own distribution.
       top_p: share of the probability that is drawn from.
@@ -45,18 +64,21 @@ def generate(
       ValueError: an empty prompt, one with a token outside the vocabulary, a temperature or top_p out of
         range, a storage without effect or with too few places, or logits that are not finite.
     """
-    if not all(len(prompt) for prompt in prompts):
+    segment_length = model.config.segment_length
+    if not isinstance(prompts, Filled):
+        # Whole segments: few shapes are ever compiled.
+        longest = max(map(len, prompts))
+        prompts = fill(prompts, -(-longest // segment_length) * segment_length)
+    rows, lengths = prompts
+    if not lengths.all():
         raise ValueError("a prompt has no tokens; begin it with the tokenizer's separator")
     words = model.embedding.shape[0]
-    for prompt in prompts:
-        if not 0 <= np.min(prompt) <= np.max(prompt) < words:
-            raise ValueError(f"a prompt has tokens outside the vocabulary of {words}; tokenize it anew")
+    if not 0 <= np.min(rows) <= np.max(rows) < words:
+        raise ValueError(f"a prompt has tokens outside the vocabulary of {words}; tokenize it anew")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; set it to 0 (greedy) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; set it above 0 and to at most 1")
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    segment_length = model.config.segment_length
     completed = (int(lengths.max()) + tokens - 1) // segment_length
     caches = "memory" in model.config.layer_pattern and model.config.aggregation != "none"
     places = completed if storage.max_cached is None or not caches else storage.max_cached
@@ -65,11 +87,6 @@ def generate(
             f"max_cached {places} is less than the {completed} segments of "
             f"{int(lengths.max()) + tokens} tokens; set it higher, or when_full to 'drop-oldest'"
         )
-    # Whole segments: few shapes are ever compiled.
-    padded = -(-int(lengths.max()) // segment_length) * segment_length
-    rows = np.zeros((len(prompts), padded), np.int32)
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[: len(prompt)] = prompt
     graph, parameters = nnx.split(model)
     drawn, is_finite = _generate(
         graph,
@@ -80,7 +97,7 @@ def generate(
         jnp.float32(temperature),
         jnp.float32(top_p),
         tokens=tokens,
-        max_length=padded + tokens,
+        max_length=rows.shape[1] + tokens,
         storage=storage,
     )
     if not is_finite.all():

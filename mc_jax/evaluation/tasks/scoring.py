@@ -161,15 +161,21 @@ def router_hits(judge: Judge, samples: Sequence[TextSample], length: int) -> lis
     return found
 
 
-def recalls(judge: Judge, samples: Sequence[RowSample], length: int) -> list[Recall]:
+def recalls(judge: Judge, samples: Sequence[RowSample], length: int, fewest: int = 1) -> list[Recall]:
     """How each row is read at its places, by the forward pass of training.
+
+    Args:
+      judge: the model.
+      samples: which may differ in length and in how many places they have.
+      length: tokens that no row exceeds.
+      fewest: as many places are read in each row at least, so that several calls share a program.
 
     Raises:
       ValueError: logits that are not finite.
     """
     graph, parameters = nnx.split(judge.model)
     padded = _round_up(length, judge.model.config.segment_length)
-    most = _round_up(max(len(sample.places) for sample in samples), _PLACES)
+    most = _round_up(max(fewest, *(len(sample.places) for sample in samples)), _PLACES)
     choices = _round_up(max(len(sample.candidates) for sample in samples), _PLACES)
     found = []
     for batch in _batches(range(len(samples)), judge.batch_size):
@@ -237,13 +243,22 @@ def _at_places(graph, parameters, tokens, places, targets, candidates):
       candidates: [B, C].
     """
     model = nnx.merge(graph, parameters)
-    features = jnp.take_along_axis(model.features(tokens), places[:, :, None], axis=1)
-    logits = jnp.einsum("bpd,vd->bpv", features, model.output_map.astype(features.dtype))
-    scored = jax.nn.log_softmax(logits.astype(jnp.float32))
-    chosen = jnp.take_along_axis(scored, targets[:, :, None], axis=2)[:, :, 0]
-    among = jnp.take_along_axis(scored, candidates[:, None, :], axis=2)
-    ranked = jnp.take_along_axis(candidates, jnp.argmax(among, axis=-1), axis=1)
-    return chosen, jnp.argmax(scored, axis=-1), ranked
+    features = model.features(tokens)
+    output_map = model.output_map.astype(features.dtype)
+
+    def read(block):  # places and targets of some places [B, p]
+        places, targets = block
+        here = jnp.take_along_axis(features, places[:, :, None], axis=1)
+        logits = jnp.einsum("bpd,vd->bpv", here, output_map)
+        scored = jax.nn.log_softmax(logits.astype(jnp.float32))
+        chosen = jnp.take_along_axis(scored, targets[:, :, None], axis=2)[:, :, 0]
+        among = jnp.take_along_axis(scored, candidates[:, None, :], axis=2)
+        ranked = jnp.take_along_axis(candidates, jnp.argmax(among, axis=-1), axis=1)
+        return chosen, jnp.argmax(scored, axis=-1), ranked
+
+    # A block after the other: the logits of a thousand places would outgrow the model.
+    blocks = [jnp.swapaxes(values.reshape(len(values), -1, _PLACES), 0, 1) for values in (places, targets)]
+    return [jnp.swapaxes(found, 0, 1).reshape(places.shape) for found in jax.lax.map(read, tuple(blocks))]
 
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
