@@ -33,25 +33,25 @@ class Line:
     """A variant read in one way."""
 
     variant: str
-    """Its name."""
+    """The variant's name."""
     reading: str
     """What is turned; "as trained" if nothing is."""
     mode: str
-    """How the text was read."""
+    """The mode in which the text was read."""
     figures: Mapping[int, float]
     """Bits per byte by seed."""
     own: Mapping[int, float]
-    """Those of the variant read as it was trained."""
+    """Figures of the variant read as it was trained."""
     base: Mapping[int, float]
-    """Those of the first variant, read as it was trained."""
+    """Figures of the first variant, read as it was trained."""
     by_position: Mapping[tuple[int, int], Mapping[int, float]]
     """Bits per byte by the first position of a bucket and the last one, then by seed."""
     parameters: tuple[int, ...]
-    """Of the model, those that differ between seeds each once."""
+    """The model's numbers of parameters, those that differ between seeds each once."""
     tokens: tuple[int, ...]
-    """That it was trained on, likewise."""
+    """The numbers of tokens that it was trained on, likewise."""
     minutes: float
-    """Of a training, their mean."""
+    """Minutes of a training, the mean over seeds."""
 
 
 def write_table(variants: Sequence[str], trained: Sequence[Training], folder: Path, *, command: str) -> Path:

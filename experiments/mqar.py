@@ -56,11 +56,11 @@ class Cell:
     mlp: bool = False
     """The memory is an MLP ("dla", "titans")."""
     key_dim: int = 8
-    """Of keys and queries."""
+    """Width of keys and queries."""
     seeds: int = 3
     """Models that are trained one after the other, with seeds 0, 1, ..."""
     steps: int = 1000
-    """Of training."""
+    """Steps of training."""
 
 
 class SoftmaxMixer(nnx.Module):
@@ -112,11 +112,11 @@ class Result:
     long_accuracy: tuple[float, ...]
     """The same on 128 tokens and 32 pairs."""
     state_bytes: int
-    """Of the online memories of all layers, float32; for attention 0."""
+    """Bytes of the online memories of all layers, float32; for attention 0."""
     cache_bytes: int
-    """Of the cached memories of all layers after 64 tokens; for attention of keys and values."""
+    """Bytes of the cached memories of all layers after 64 tokens; for attention of keys and values."""
     seconds: float
-    """Of training, of all seeds together, with compiling."""
+    """Seconds of training, all seeds together, with compiling."""
 
 
 def run(cell: Cell) -> Result:
@@ -224,7 +224,7 @@ def _top_k(cell: Cell, step: int) -> int:
 
 
 def _bytes(cell: Cell) -> tuple[int, int]:
-    """Of online and of cached memories of all layers after a row of 64 tokens, in float32."""
+    """Bytes of online and of cached memories of all layers after a row of 64 tokens, in float32."""
     if cell.memory == "attention":
         return 0, 4 * LAYERS * LENGTH * (cell.key_dim + WIDTH)
     state = 2 * 4 * 8 * WIDTH if cell.mlp else cell.key_dim * WIDTH

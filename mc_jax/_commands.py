@@ -25,7 +25,7 @@ class ProcessesArguments:
     """The processes that train together, each on its machine; TPU pods, Slurm and MPI need none of these."""
 
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """Where process 0 is, and a port that is free there; None: as the environment tells."""
+    """Process 0's machine, and a port that is free there; None: as the environment tells."""
     count: int | None = None
     """Their number; 1 keeps this one alone, whatever the environment tells."""
     index: int | None = None

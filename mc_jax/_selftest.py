@@ -50,7 +50,7 @@ class Case:
     name: str
     """Operation and variant."""
     run: Callable[..., Any]
-    """Of the arguments, in order; takes `implementation`."""
+    """The operation, on the arguments in order; takes `implementation`."""
     arguments: tuple[Any, ...]
     """In float32; queries, keys and values, arrays on their own, are given in bfloat16 too."""
     versions: Callable[[str, Any], tuple[str, ...]] = _kernel_and_xla
@@ -68,11 +68,11 @@ class Check:
     implementation: str
     """Which was checked."""
     dtype: str
-    """Of queries, keys, values."""
+    """The dtype of queries, keys, values."""
     values: float
     """Root mean square of the differences, over that of the reference, of the worst result."""
     gradients: float | None
-    """The same of the worst gradient; None where there is none."""
+    """Worst error of a gradient likewise; None where there is none."""
     allowed: tuple[float, float]
     """How large they may be."""
     error: str | None = None

@@ -58,7 +58,7 @@ class SweepArguments:
     last_k: int | None = None
     """Tokens that a window of mode last-k scores; None: half of the shortest window."""
     first: int | None = None
-    """Where in a document mode last-k begins to score; None: as early as the longest window can."""
+    """First target of a document that mode last-k scores; None: as early as the longest window can."""
     max_cached: tuple[int | None, ...] = ()
     """Places for cached memories in each layer, in mode stream; None: one for each segment."""
     when_full: Literal["error", "drop-oldest"] | None = None

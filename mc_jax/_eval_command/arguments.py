@@ -64,8 +64,8 @@ class EvalArguments:
     last_k: int | None = None
     """Tokens that a window of --mode last-k scores; None: half of it."""
     first: int | None = None
-    """Where in a document --mode last-k begins to score: the longest window less last-k, if several lengths
-    are to score the same tokens; None: this window less last-k."""
+    """First target of a document that --mode last-k scores: the longest window less last-k, if several
+    lengths are to score the same tokens; None: this window less last-k."""
     max_cached: int | None = None
     """Places for cached memories in each layer, with --mode stream; None: one for each segment."""
     when_full: Literal["error", "drop-oldest"] = "error"

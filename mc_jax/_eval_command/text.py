@@ -41,7 +41,7 @@ def measure_text(chosen: EvalArguments) -> None:
 
 
 def _files(chosen: EvalArguments) -> list[Path]:
-    """Where the results go, none of which is there.
+    """The files that the results go to, none of which is there.
 
     Raises:
       UsageError: one is, or two would be the same.

@@ -120,7 +120,7 @@ class Cache:
         return place, age < held
 
     def next_place(self) -> tuple[jax.Array, jax.Array]:
-        """Where each row's next token leaves its state [B], int32, and whether it does, bool.
+        """The place that each row's next token leaves its state at [B], int32, and whether it does, bool.
 
         It does where it completes a segment for which there is a place.
         """

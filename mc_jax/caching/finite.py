@@ -34,7 +34,7 @@ class Reach(NamedTuple):
     """Which reads and states depend on a token that is not finite."""
 
     reads: jax.Array
-    """By its query or the online memory [B, T, H], bool."""
+    """Whether a read does, by its query or the online memory [B, T, H], bool."""
     online: jax.Array
     """The memory after each token [B, T, H], bool."""
 

@@ -60,7 +60,7 @@ def run_in_order(
 
 
 def _change(run: MemoryRun, response: Response, layout: Layout, neighbours: Neighbours) -> jax.Array:
-    """By how much the state that this device starts from differs from the initial one [B, H, K, V]."""
+    """The state that this device starts from, less the initial one [B, H, K, V]."""
     assert isinstance(run.segment_states, jax.Array)
     end = run.segment_states[:, -1]
     if layout.initial_state is not None:

@@ -50,7 +50,7 @@ def group_gates(scores: Scores, tokens: jax.Array, groups: Groups) -> Gates:
     """
 
     def sums(values: jax.Array) -> jax.Array:
-        """Of each group, from values [B, T or 1, H or 1, S]."""
+        """The sum of each group, from values [B, T or 1, H or 1, S]."""
         shape = (*scores.cached.shape[:3], 1)
         found = []
         # Of the 2^j segments from each one on: no segment of another document is in a group's sum.

@@ -20,7 +20,7 @@ class Neighbours:
     """The devices that share rows, in the order of their runs."""
 
     axis: str
-    """Of the mesh, along which they lie."""
+    """The mesh's axis that they lie along."""
 
     @property
     def count(self) -> int:
@@ -33,11 +33,11 @@ class Neighbours:
         return jax.lax.axis_index(self.axis)
 
     def gather[Tree](self, tree: Tree) -> Tree:
-        """Of leaves [B, S, ...] those of the whole rows [B, N S, ...]."""
+        """Leaves [B, S, ...] of all devices put together to whole rows [B, N S, ...]."""
         return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axis, axis=1, tiled=True), tree)
 
     def collect[Tree](self, tree: Tree) -> Tree:
-        """Of leaves [...] those of all devices, one after the other [N, ...]."""
+        """Leaves [...] of all devices, one after the other [N, ...]."""
         return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axis), tree)
 
     def from_before[Tree](self, tree: Tree) -> Tree:

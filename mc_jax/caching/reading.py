@@ -44,7 +44,7 @@ class Cached:
     states: Weights
     """[B, N, H, ...]."""
     tokens: jax.Array
-    """That a state was written by since its segment's or document's start [B, N], float."""
+    """Tokens that a state was written by since its segment's or document's start [B, N], float."""
     log_retention: jax.Array | None
     """Sum of log a over those tokens [B, N, H]; None where segments are not merged."""
 

@@ -1,4 +1,4 @@
-"""Where segments and documents lie in a row, and which cached segments a token may read.
+"""The places of segments and documents in a row, and which cached segments a token may read.
 
 Shapes: B batch, T tokens, S segments, L segment length.
 """

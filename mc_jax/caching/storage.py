@@ -34,9 +34,9 @@ class Storage:
     when_full: str = "error"
     """When all places are taken: "error", or "drop-oldest", which forgets the oldest memory."""
     state_dtype: str | None = None
-    """Of the states: "float32", "bfloat16", or "int8" with a scale for each matrix; None: as computed."""
+    """States' numbers: "float32", "bfloat16", or "int8" with a scale for each matrix; None: as computed."""
     place: str = "device"
-    """Where the states lie: "device", or "host", from which sparse reads fetch the selected ones."""
+    """The memory of the states: "device", or "host", from which sparse reads fetch the selected ones."""
 
     def __post_init__(self):
         for name, known in (
@@ -52,7 +52,7 @@ class Storage:
 
     @property
     def is_plain(self) -> bool:
-        """That the states are arrays of floats on the device."""
+        """Whether the states are arrays of floats on the device."""
         return self.place == "device" and self.state_dtype != "int8"
 
 
@@ -132,7 +132,7 @@ def put_states(packed: Packed, new: Packed, place: jax.Array, write: jax.Array, 
 
 
 def put[Tree](stored: Tree, new: Tree, place: jax.Array, write: jax.Array) -> Tree:
-    """As `put_states`, of any arrays [B, N, ...] on the device."""
+    """What `put_states` does, for any arrays [B, N, ...] on the device."""
     new = jax.tree.map(lambda leaf, stored: leaf.astype(stored.dtype), new, stored)
     return _scatter(stored, new, _place_or_nowhere(place, write))
 

@@ -68,7 +68,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the tokens come from and how they are laid in rows."""
+    """The origin of the tokens, and how they are laid in rows."""
 
     corpus: str = "austen"
     """An embedded corpus ("austen"), or a folder that `mc-jax prepare` wrote."""
@@ -101,7 +101,7 @@ class TrainingConfig:
     decay_steps: int | None = None
     """Steps of the linear decay of "wsd"; None with the others."""
     final_learning_rate: float = 0.0
-    """Where "cosine" and "wsd" end."""
+    """The rate at which "cosine" and "wsd" end."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9

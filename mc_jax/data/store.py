@@ -49,7 +49,7 @@ class TokenStore:
     fingerprint: str
     """The tokenizer's."""
     folder: Path | None = None
-    """Where it lies; None: in memory."""
+    """The folder that it lies in; None: in memory."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -34,7 +34,7 @@ def picture(draw: Callable[[Any], str], plots: Any, alternative: str, caption: s
 
 
 def responsive_picture(draw: Callable[[Any, bool], str], plots: Any, alternative: str, caption: str) -> str:
-    """As `picture`, with two more for a narrow page: `draw` takes a theme and whether it is for that."""
+    """What `picture` gives, with two more for a narrow page: `draw` takes a theme and if it is narrow."""
     sources = [
         (f"{_NARROW} and {_DARK}", _as_data(draw(plots.DARK, True))),
         (_NARROW, _as_data(draw(plots.LIGHT, True))),

@@ -28,7 +28,7 @@ class ComparedRun:
     name: str
     """What it is called here: its folder's name, or all of its path where two are called alike."""
     folder: epath.Path
-    """Where it lies."""
+    """The run's folder."""
     config: Config
     """Its settings."""
     metrics: Sequence[Mapping[str, Any]]
@@ -134,9 +134,9 @@ class OverSeeds(NamedTuple):
     runs: tuple[int, ...]
     """Their places among all runs; two or more."""
     mean: float
-    """Of their bits per byte on held-out text."""
+    """Mean of their bits per byte on held-out text."""
     standard_error: float
-    """Of that mean: the seeds' standard deviation over the square root of their number."""
+    """Standard error of that mean: the seeds' standard deviation over the square root of their number."""
 
 
 def seeds_of(runs: Sequence[ComparedRun]) -> list[OverSeeds]:

@@ -26,7 +26,7 @@ def evaluate_held_out(run: Run) -> dict[str, float]:
 
 
 def evaluate_run(run_dir: epath.PathLike) -> dict[str, float]:
-    """As `evaluate_held_out`, from a run's folder and its newest checkpoint.
+    """What `evaluate_held_out` gives, from a run's folder and its newest checkpoint.
 
     Raises:
       ValueError: no such run, or no held-out data.

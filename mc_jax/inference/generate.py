@@ -155,7 +155,7 @@ def generate_run(
     seed: int,
     storage: Storage = Storage(),  # noqa: B008 - frozen
 ) -> str:
-    """As `continue_text`, from a run's folder and its newest checkpoint.
+    """What `continue_text` gives, from a run's folder and its newest checkpoint.
 
     Raises:
       ValueError: no such run, or settings out of range.

@@ -215,4 +215,4 @@ class Family:
 
     matrix: Memory
     mlp: Callable[[str], MixableMemory] | None = None
-    """Of the branch; None where the rule is about a matrix."""
+    """The MLP memory of a branch; None where the rule is about a matrix."""

@@ -18,7 +18,7 @@ class MlpMemory:
     objective: str
     coefficients: tuple[str, ...]
     branch: str = "bounded"
-    """Of z = gelu(x W_in) W_out: "bounded" or "plain"."""
+    """The form of z = gelu(x W_in) W_out: "bounded" or "plain"."""
 
     @property
     def takes_gradients(self) -> bool:

@@ -57,7 +57,7 @@ class Attention(nnx.Module):
         return self._attend(x, q, k, v, document_ids), None
 
     def prefill(self, x: jax.Array, lengths: jax.Array, max_length: int) -> tuple[jax.Array, AttentionCache]:
-        """As `apply`, and the cache to go on with, up to `max_length` tokens a row."""
+        """What `apply` gives, and the cache to go on with, up to `max_length` tokens a row."""
         q, k, v = self._rotated(x)
         more = [(0, 0), (0, max(0, max_length - x.shape[1])), (0, 0), (0, 0)]
         cache = AttentionCache(jnp.pad(k, more), jnp.pad(v, more), lengths)

@@ -47,7 +47,7 @@ class Block(nnx.Module):
     def prefill(
         self, x: jax.Array, lengths: jax.Array, max_length: int, storage: caching.Storage
     ) -> tuple[jax.Array, Any]:
-        """As a call on rows of `lengths` [B], and the cache to go on with up to `max_length`.
+        """What a call gives on rows of `lengths` [B], and the cache to go on with up to `max_length`.
 
         The storage is that of memories; attention keeps all keys and values.
         """
@@ -63,7 +63,7 @@ class Block(nnx.Module):
         return self.mixer.begin(batch, max_length)
 
     def extend(self, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """As a call on tokens x [B, T, D] that go on from a cache, and the next one."""
+        """What a call gives on tokens x [B, T, D] that go on from a cache, and the next one."""
         return self._around(x, lambda y: self.mixer.extend(y, cache))
 
     def step(self, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:

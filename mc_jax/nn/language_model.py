@@ -227,7 +227,7 @@ class LanguageModel(nnx.Module):
         return jax.lax.scan(repetition, x, (tuple(parameters for _, parameters in parts), per_layer))
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        """Of x before the last norm [B, D], in decoding."""
+        """Logits of features x before the last norm [B, D], in decoding."""
         logits = jnp.einsum("bd,vd->bv", self.norm(x), self.output_map.astype(self.dtype))
         return logits.astype(jnp.float32)
 

@@ -154,7 +154,7 @@ class MemoryCaching(nnx.Module):
         document_ids: jax.Array | None = None,
         top_k: jax.Array | None = None,
     ) -> tuple[jax.Array, Gates | Selection | None]:
-        """As a call, with the weights of the memories that each token read."""
+        """What a call gives, with the weights of the memories that each token read."""
         x, bad = self._without_bad(x, document_ids)
         y, gates = memory.forward(
             *self._write(x, self._convolved(self._qkv(x), document_ids)),
@@ -169,7 +169,7 @@ class MemoryCaching(nnx.Module):
     def prefill(
         self, x: jax.Array, lengths: jax.Array, max_length: int, storage: caching.Storage
     ) -> tuple[jax.Array, MixerCache]:
-        """As a call on rows of `lengths` [B] tokens, and the cache to go on with up to `max_length`.
+        """What a call gives on rows of `lengths` [B] tokens, and the cache to go on with up to `max_length`.
 
         Without a `max_cached` in the storage there will be a place for every segment.
         """

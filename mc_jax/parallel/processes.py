@@ -140,7 +140,7 @@ def _let_aborts_wait() -> None:
 
 
 def _bind_address(interface: str, address: str) -> str | None:
-    """Where JAX's service listens in process 0: where the roll call did."""
+    """The address that JAX's service listens at in process 0: that of the roll call."""
     if not interface:
         return None
     host = f"[{interface}]" if ":" in interface else interface
@@ -197,7 +197,7 @@ def told_by_first(text: str) -> str:
 
 
 def first_of_all(text: str) -> str:
-    """Of the texts of all processes, in their order, the first that is not empty; the same in all."""
+    """The first text that is not empty, in the order of the processes; the same in all."""
     if jax.process_count() == 1:
         return text
     texts = np.asarray(multihost_utils.process_allgather(_padded(text.encode())), np.uint8)
@@ -217,7 +217,7 @@ def _padded(text: bytes) -> np.ndarray:
 
 
 def _place(coordinator: str | None, count: int | None, index: int | None, patience: float) -> _Place | None:
-    """Where this process is among those of the run; None if it is alone."""
+    """The place of this process among those of the run; None if it is alone."""
     given = {"coordinator": coordinator, "count": count, "index": index}
     missing = [f"--processes.{name}" for name, value in given.items() if value is None]
     if count == 1 and (index or 0) == 0:

@@ -51,7 +51,7 @@ class Cost:
     """What a function costs, in cycles of one chip."""
 
     chip: Chip
-    """Where."""
+    """The chip that it is counted for."""
     operations: tuple[Operation, ...]
     """All but kernels."""
     kernels: tuple[Kernel, ...]

@@ -62,7 +62,7 @@ def new_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, TrainState
 
 
 def abstract_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:
-    """As `new_state`, shapes with dtypes and shardings alone: to load a checkpoint, or to compile a step.
+    """Shapes of `new_state`, with dtypes and shardings: to load a checkpoint, or to compile a step.
 
     It needs a mesh, whose devices need not be here.
     """

@@ -58,11 +58,11 @@ class OpenRun:
     seal: dict[str, str]
     """What its checkpoints are trained with."""
     stages: Stages
-    """As the folder has them."""
+    """The stages that the folder tells of."""
     lock: RunLock | None
     """Process 0's."""
     provenance: Provenance | None = None
-    """Whose weights it began with; None: they were drawn."""
+    """The run whose weights it began with; None: they were drawn."""
 
     def check(self) -> None:
         """See that the folder is still there and ours; to be called before anything is written.

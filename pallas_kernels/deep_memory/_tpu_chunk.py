@@ -17,7 +17,7 @@ from pallas_kernels.deep_memory._chunk import gelu_and_slope
 from pallas_kernels.deep_memory._tpu_products import attend, collect, gather, spread, there_and_back
 
 type State = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
-"""Of either layer the rows (weights, momentum), or just (weights,)."""
+"""The rows of either layer: (weights, momentum), or just (weights,)."""
 
 
 class Shares(NamedTuple):

@@ -184,19 +184,19 @@ class Specs:
         return self._cut.blocks - 1 - n if self._reverse else n
 
     def tokens(self) -> pl.BlockSpec:
-        """Of [B, M C, H K]: [N C, H K]."""
+        """The block [N C, H K] of an array [B, M C, H K]."""
         cut = self._cut
         block = (None, cut.block * cut.chunk, self._heads * cut.key_dim)
         return pl.BlockSpec(block, lambda b, h, n, *_: (b, self._block(n), h))
 
     def coefficients(self) -> pl.BlockSpec:
-        """Of [B, H, M, R, C]: [H, N, R, C]."""
+        """The block [H, N, R, C] of an array [B, H, M, R, C]."""
         cut = self._cut
         block = (None, self._heads, cut.block, 2 * cut.rows, cut.chunk)
         return pl.BlockSpec(block, lambda b, h, n, *_: (b, h, self._block(n), 0, 0))
 
     def states(self, rows: int, columns: int) -> pl.BlockSpec:
-        """Of [B, S, H, rows, columns]: that of the segment, [H, rows, columns]."""
+        """The segment's block [H, rows, columns] of an array [B, S, H, rows, columns]."""
         block = (None, None, self._heads, rows, columns)
         per_segment = self._cut.blocks_of_segment
 
@@ -207,12 +207,12 @@ class Specs:
         return pl.BlockSpec(block, index)
 
     def kept(self) -> pl.BlockSpec:
-        """Of [B, blocks, H, K, E]: that of the block, [H, K, E]."""
+        """The block [H, K, E] of an array [B, blocks, H, K, E]."""
         block = (None, None, self._heads, self._cut.key_dim, self._cut.hidden)
         return pl.BlockSpec(block, lambda b, h, n, *_: (b, self._block(n), h, 0, 0))
 
     def initial(self) -> pl.BlockSpec:
-        """Of [B, H, K, E]: [H, K, E]."""
+        """The block [H, K, E] of an array [B, H, K, E]."""
         block = (None, self._heads, self._cut.key_dim, self._cut.hidden)
         return pl.BlockSpec(block, lambda b, h, n, *_: (b, h, 0, 0))
 

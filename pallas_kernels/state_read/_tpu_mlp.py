@@ -77,7 +77,7 @@ def _together(w_in) -> int:
 
 
 def _loaded_bytes(q, leaf):
-    """Of a number of a state that is loaded, twice since the next is on its way, and rounded: half of it."""
+    """Bytes of a state's number: loaded, twice since the next is on its way, and rounded: half of it."""
     return leaf.dtype.itemsize + (0 if leaf.dtype == q.dtype else q.dtype.itemsize / 2)
 
 

@@ -27,7 +27,7 @@ class Scored(NamedTuple):
     position: int
     """Tokens before it in the context from which it was predicted, its own input not counted."""
     nats: np.ndarray
-    """Of each target, float32."""
+    """Loss of each target in nats, float32."""
 
 
 class Mode(Protocol):

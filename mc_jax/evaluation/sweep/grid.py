@@ -46,7 +46,7 @@ class Axes:
     last_k: int | None = None
     """Tokens that a window of mode "last-k" scores; None: half of the shortest window."""
     first: int | None = None
-    """Where in a document "last-k" begins to score; None: as early as the longest window can."""
+    """First target of a document that "last-k" scores; None: as early as the longest window can."""
     stride: int | None = None
     """Tokens that a window of mode "windows" scores; None: as configured, or half of it."""
 
@@ -83,9 +83,9 @@ class Cell:
     mode: str
     """How the text is read."""
     last_k: int | None = None
-    """As of `Axes`."""
+    """Tokens that a window of mode "last-k" scores."""
     first: int | None = None
-    """As of `Axes`."""
+    """First target of a document that "last-k" scores."""
     storage: Storage = Storage()  # noqa: RUF009 - frozen
     """How cached memories are kept."""
 

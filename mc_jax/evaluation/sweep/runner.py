@@ -33,7 +33,7 @@ class Source:
     """What the runs are read on."""
 
     step: int | None
-    """Of the checkpoints; None: the newest."""
+    """Step of the checkpoints; None: the newest."""
     text_of: TextOf
     """The text for a run, by its tokenizer."""
     words: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Outcome:
     """What a sweep has found, in the order of its cells."""
 
     results: tuple[dict[str, Any], ...]
-    """As `measure_cell` makes them."""
+    """One result a cell, as `measure_cell` makes it."""
     failed: tuple[tuple[Cell, str], ...]
     """Cells without a result, each with its error."""
 

@@ -27,12 +27,12 @@ class Cell:
     """Results of the samples of one length, of all depths or of one."""
 
     length: int
-    """As asked."""
+    """The length that was asked for, in tokens."""
     depth: float | None
     """In tenths; None: all samples of the length."""
     samples: int
     means: dict[str, Mean]
-    """By the name of what was measured."""
+    """Means by the name of what was measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,14 @@ class TaskResult:
     metric: str
     """How generated text was judged."""
     cells: tuple[Cell, ...]
-    """Of each length, then of each length and depth."""
+    """A cell for each length, then one for each length and depth."""
     samples: tuple[dict[str, Any], ...]
     """One JSON object a sample: prompt, answers, scores, hashes."""
     prompts_sha256: str
     """SHA-256 over all prompts: equal where the same was asked."""
 
     def sources(self) -> dict[str, list[str]]:
-        """Where the samples' texts and words come from, by what they are."""
+        """Origins of the samples' texts and words, by what they are."""
         found: dict[str, set[str]] = collections.defaultdict(set)
         for line in self.samples:
             for kind, source in line["sources"].items():
@@ -86,7 +86,7 @@ class Recalled:
     hashes: Mapping[str, str | None]
     """SHA-256 of checkpoint and tokenizer."""
     tasks: tuple[TaskResult, ...]
-    """As they were asked."""
+    """One result a task, in the order in which they were asked."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, without the samples."""

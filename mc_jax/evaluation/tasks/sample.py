@@ -52,9 +52,9 @@ class TextSample:
     alternatives: tuple[str, ...]
     """What is wrong, to be ranked with the first answer by log-likelihood."""
     depth: float
-    """Where the answer stands, from 0, the context's beginning, to 1."""
+    """The answer's place, from 0, the context's beginning, to 1."""
     sources: Mapping[str, str]
-    """Where the text and the words come from, by what they are."""
+    """Origins of the text and the words, by what they are."""
     needle: tuple[int, int] | None = None
     """First character of the part that tells the answer, and the one after the last; None: unknown."""
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -74,7 +74,7 @@ class RowSample:
     candidates: np.ndarray
     """Tokens that a target is ranked among, the targets' own included, int32 [C]."""
     sources: Mapping[str, str]
-    """Where the tokens come from."""
+    """Origin of the tokens."""
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What else tells samples apart."""
 
@@ -84,7 +84,7 @@ class TextTask:
     """A task whose samples are text; it is judged by what is generated and by log-likelihood."""
 
     name: str
-    """As users type it."""
+    """The name that users type."""
     summary: str
     """What is asked, in a line."""
     draw: Callable[[Ask], TextSample]
@@ -104,7 +104,7 @@ class RowTask:
     """A task whose samples are rows of tokens; it is judged at their places, all in one forward pass."""
 
     name: str
-    """As users type it."""
+    """The name that users type."""
     summary: str
     """What is asked, in a line."""
     draw: Callable[[Ask], RowSample]
@@ -146,7 +146,7 @@ def answer_tokens(tokenizer: Tokenizer, answer: str) -> np.ndarray:
 
 
 def place_of(part: str, prompt: str) -> tuple[int, int]:
-    """Where a part stands in a prompt first: its first character, and the one after its last."""
+    """A part's first place in a prompt: its first character, and the one after its last."""
     start = prompt.index(part)
     return start, start + len(part)
 

@@ -42,7 +42,7 @@ class Digest:
     processes: int
     """P, the processes that saved the step."""
     files: Mapping[str, FileHash]
-    """By path from the step's folder."""
+    """The files' hashes, by path from the step's folder."""
     loss: float
     """The training loss of the step."""
     seal: Mapping[str, str] | None
@@ -50,7 +50,7 @@ class Digest:
 
 
 def digest_file(step_folder: epath.Path, process: int) -> epath.Path:
-    """Where a process's digest of a step is."""
+    """The file of a process's digest of a step."""
     return step_folder / f"digest.{process}.json"
 
 

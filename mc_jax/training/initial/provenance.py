@@ -27,7 +27,7 @@ class Provenance:
     run: str
     """The folder of the run whose weights they are."""
     step: int
-    """Of its checkpoint."""
+    """Step of its checkpoint."""
     config: dict[str, Any]
     """What that run was trained with, as nested dicts."""
     tokenizer: Literal["bytes", "bpe"]
@@ -35,9 +35,9 @@ class Provenance:
     vocab_size: int
     """Tokens of that run's vocabulary."""
     config_sha256: str
-    """Of its config.json."""
+    """Hash of its config.json."""
     checkpoint_sha256: str | None
-    """Of the checkpoint's digests, and so of all its weights; None: an old one has none."""
+    """Hash of the checkpoint's digests, and so of all its weights; None: an old one has none."""
     taken: int
     """Parameters that were taken."""
     new: tuple[str, ...]

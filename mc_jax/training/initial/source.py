@@ -69,7 +69,7 @@ class Source:
 
     @property
     def tokenizer_file(self) -> epath.Path:
-        """Where the run's tokenizer is."""
+        """The file of the run's tokenizer."""
         return self.run / TOKENIZER_FILE
 
     def tokenizer(self) -> Tokenizer:
