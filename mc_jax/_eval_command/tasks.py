@@ -90,11 +90,14 @@ def _by_depth(run: str, result: "TaskResult") -> "Table":
     whole = [cell for cell in result.cells if cell.depth is None]
     depths = sorted({cell.depth for cell in result.cells if cell.depth is not None})
     values = {(cell.length, cell.depth): cell.means for cell in result.cells}
-    measures = [name for name in (result.metric, "ranked first") if name in whole[0].means]
+    measures = [name for name in (result.metric, "ranked first", "router hit") if name in whole[0].means]
     title = f"{run}, {result.task}: {', '.join(measures)}"
     table = Table("depth", *(f"{cell.length:,} tokens" for cell in whole), title=title, min_width=len(title))
     for depth in depths:
         cells = (values.get((cell.length, depth), {}) for cell in whole)
-        texts = (", ".join(f"{means[name].value:.2f}" for name in measures if means) for means in cells)
+        texts = (
+            ", ".join(f"{means[name].value:.2f}" if name in means else "-" for name in measures if means)
+            for means in cells
+        )
         table.add_row(f"{depth:.0%}", *texts)
     return table

@@ -19,8 +19,9 @@ def heat_map(
     lengths: Sequence[int],
     depths: Sequence[float],
     theme: Theme,
+    narrow: bool,
 ) -> str:
-    """Heat maps of depth over length side by side, every cell with its number, from 0 to 1.
+    """Heat maps of depth over length, every cell with its number from 0 to 1; side by side if that fits.
 
     Args:
       values: one array [depths, lengths] a map; nan where there is no sample.
@@ -28,11 +29,14 @@ def heat_map(
       lengths: tokens, rising.
       depths: shares of the context before the answer, rising; the context's beginning is at the top.
       theme: colours.
+      narrow: whether the page is.
     """
     colours = LinearSegmentedColormap.from_list("scores", [theme.low, theme.line, theme.high])
     with matplotlib.rc_context(style(theme)):
-        figure = Figure(figsize=(9.2, 1.3 + 0.3 * len(depths)), layout="constrained")
-        grid = figure.subplots(1, len(values), sharey=True, squeeze=False)
+        lines, columns = (len(values), 1) if narrow else (1, len(values))
+        size = (4.0 if narrow else 9.2, 0.6 + lines * (0.7 + (0.2 if narrow else 0.3) * len(depths)))
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for axes, array, name in zip(grid.flat, values, names, strict=True):
             axes.imshow(array, aspect="auto", cmap=colours, vmin=0, vmax=1, interpolation="nearest")
             for (row, column), value in np.ndenumerate(array):
@@ -45,5 +49,5 @@ def heat_map(
             axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
             axes.tick_params(length=0)
         figure.supxlabel("tokens", fontsize=10, color=theme.muted)
-        grid[0, 0].set_ylabel("depth of the answer")
+        figure.supylabel("depth of the answer", fontsize=10, color=theme.muted)
         return svg(figure)

@@ -6,9 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mc_jax.evaluation._page import escape, page, picture, section
+from mc_jax.evaluation._page import escape, page, responsive_picture, section
 from mc_jax.evaluation.tasks.results import Cell, Mean, Recalled, TaskResult, less_the_first
 
+_STYLE = """
+.numbers td { white-space: nowrap; }
+.wide + .note { margin-top: 0.6rem; }
+figure { margin-top: 1.5rem; }
+"""
 _SHOWN_PROMPT = 400  # characters at either end of a sample's prompt
 
 
@@ -50,7 +55,9 @@ def tasks_page(found: Sequence[Recalled]) -> str:
     names = [PurePath(one.run).name for one in found]
     results = zip(*(one.tasks for one in found), strict=True)
     sections = [section(one[0].task, _task(names, one)) for one in results]
-    return page(", ".join(names), "What it recalls", [section("What was asked", _runs(found)), *sections])
+    return page(
+        ", ".join(names), "What it recalls", [section("What was asked", _runs(found)), *sections], _STYLE
+    )
 
 
 def _runs(found: Sequence[Recalled]) -> str:
@@ -67,8 +74,13 @@ def _task(runs: Sequence[str], results: Sequence[TaskResult]) -> str:
     settings = first.settings
     chance = 1 / (1 + settings.alternatives)
     note = f"{settings.samples} samples of each length, seed {settings.seed}; mean ± standard error."
+    measured = {name for cell in first.cells for name in cell.means}
+    if first.metric in measured:
+        note += f" Right is “{first.metric}”."
     if any(cell.depth is not None for cell in first.cells):
-        note += f" Right is “{first.metric}”; chance of being ranked first is {chance:.0%}."
+        note += f" Chance of being ranked first is {chance:.0%}."
+    if "router hit" in measured:
+        note += " Router hit: layers and heads that read the needle's segment more than any other cached one."
     if len(runs) > 1:
         note += " Runs that were asked the same are compared sample by sample."
     sources = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in first.sources().items())
@@ -108,13 +120,14 @@ def _picture(run: str, result: TaskResult) -> str:
     if not cells:
         return ""
     depths, lengths = sorted({depth for depth, _ in cells}), sorted({length for _, length in cells})
-    names = [name for name in next(iter(cells.values())) if name in (result.metric, "ranked first")]
+    measured = {name for means in cells.values() for name in means}
+    names = [name for name in (result.metric, "ranked first", "router hit") if name in measured]
     values = [
         np.array([[_value(cells.get((depth, length)), name) for length in lengths] for depth in depths])
         for name in names
     ]
-    return picture(
-        lambda theme: heat_map(values, names, lengths, depths, theme),
+    return responsive_picture(
+        lambda theme, narrow: heat_map(values, names, lengths, depths, theme, narrow),
         _plots,
         f"Heat maps of {' and '.join(names)} of {run} by depth and length",
         f"{run}. Depth is where the answer stands in the context: 0 % is its beginning, 100 % the question.",
@@ -122,7 +135,7 @@ def _picture(run: str, result: TaskResult) -> str:
 
 
 def _value(means: dict[str, Mean] | None, name: str) -> float:
-    return np.nan if means is None else means[name].value
+    return np.nan if means is None or name not in means else means[name].value
 
 
 def _sample(result: TaskResult) -> str:
