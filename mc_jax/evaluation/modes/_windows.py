@@ -10,7 +10,7 @@ import numpy as np
 
 from mc_jax.caching import Storage
 from mc_jax.data.store import TokenStore
-from mc_jax.data.windows import Window, batches_of, num_pairs
+from mc_jax.data.windows import Window, batches_of, num_pairs, overlapping_windows
 from mc_jax.evaluation.modes._interface import Scored, cache_bytes
 from mc_jax.nn import LanguageModel
 from mc_jax.training.losses import BatchLosses
@@ -40,6 +40,18 @@ def score_windows(
         pending = some, losses
     if pending is not None:
         yield from _scored(*pending)
+
+
+def score_overlapping(
+    model: LanguageModel, store: TokenStore, *, length: int, stride: int, batch_size: int
+) -> Iterator[Scored]:
+    """All targets of all documents, each scored once, in windows of `length` that go on by `stride`."""
+    windows = (
+        window
+        for document in range(len(store))
+        for window in overlapping_windows(store, document, length=length, stride=stride)
+    )
+    return score_windows(windows, model, store, length=length, batch_size=batch_size)
 
 
 def _scored(windows: tuple[Window, ...], losses: jax.Array) -> Iterator[Scored]:

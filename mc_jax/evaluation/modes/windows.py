@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from mc_jax.data.store import TokenStore
-from mc_jax.data.windows import check_stride, overlapping_windows
+from mc_jax.data.windows import check_stride
 from mc_jax.evaluation.modes._interface import Scored
-from mc_jax.evaluation.modes._windows import score_windows, window_bytes
+from mc_jax.evaluation.modes._windows import score_overlapping, window_bytes
 from mc_jax.nn import LanguageModel
 
 
@@ -41,9 +41,4 @@ class Windows:
 
     def read(self, model: LanguageModel, store: TokenStore, batch_size: int) -> Iterator[Scored]:
         """Score all documents."""
-        windows = (
-            window
-            for document in range(len(store))
-            for window in overlapping_windows(store, document, length=self.length, stride=self.stride)
-        )
-        return score_windows(windows, model, store, length=self.length, batch_size=batch_size)
+        return score_overlapping(model, store, length=self.length, stride=self.stride, batch_size=batch_size)
