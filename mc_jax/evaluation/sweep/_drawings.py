@@ -155,8 +155,9 @@ def _scatter(view: View, cost: Cost, axes: Axes, theme: Theme, narrow: bool, *, 
     is_logarithmic = max(known) / min(known) > _WIDE_FOR_A_LOGARITHM
     if is_logarithmic:
         axes.set_xscale("log", base=2)
-        decades = math.log2(max(known) / min(known))
-        axes.xaxis.set_major_locator(LogLocator(base=2.0 ** max(1, round(decades / (4 if narrow else 6)))))
+        octaves = math.log2(max(known) / min(known))
+        octaves_a_tick = max(1, math.ceil(octaves / (4 if narrow else 7)))
+        axes.xaxis.set_major_locator(LogLocator(base=2.0**octaves_a_tick))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 6, steps=ROUND))
