@@ -24,6 +24,7 @@ FIELDS = (
     "model.router_blocks",
     "model.router_keys",
     "model.online_logit",
+    "model.cache_scale",
     "model.convolution_width",
     "model.tie_embeddings",
     "model.layer_pattern",

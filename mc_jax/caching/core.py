@@ -10,7 +10,7 @@ from mc_jax.caching import router
 from mc_jax.caching._recurrence import log_retention_of, memory_of, mixable_of
 from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Scores, Selection
 from mc_jax.caching.cache import Cache, append_token, write_segment
-from mc_jax.caching.reading import Routing, choose, combine
+from mc_jax.caching.reading import Routing, choose, combine, scaled
 from mc_jax.caching.rows import forward
 from mc_jax.caching.settings import Settings
 from mc_jax.caching.storage import Storage, fetch_selected, to_place, unpack
@@ -156,7 +156,7 @@ def decode(
         router_key = routing.keys
     position = cache.length % settings.segment_length
     segment = write_segment(cache.segment, position, settings, router_key, log_retention)
-    if routing is not None:
+    if routing is not None and routing.u is not None:
         assert cache.pooled is not None
         online_logit = routing.online_logit
         if online_logit is None:
@@ -167,7 +167,8 @@ def decode(
     chunk_start = cache.length % settings.chunk_length == 0
     gates = None
     if AGGREGATIONS[settings.aggregation].gates is not None:
-        gates = _choose_cached(cache, scores)
+        scale = None if routing is None else routing.cache_scale
+        gates = scaled(_choose_cached(cache, scores), None if scale is None else scale[:, None])
     mixable, appended = mixable_of(settings, memory), None
     if isinstance(gates, Selection) and isinstance(memory, DecodableMemory) and cache.storage.is_plain:
         place, write = cache.next_place()

@@ -48,12 +48,12 @@ class Reach(NamedTuple):
 def without_bad(tokens: Tokens) -> tuple[Tokens, jax.Array, jax.Array]:
     """The tokens with zeros for what is not finite; where that was in writes, in queries [B, T, H], bool."""
     q, k, v, coefficients, routing = tokens
-    u, keys, logit = (None, None, None) if routing is None else routing
+    u, keys, logit, scale = (None,) * 4 if routing is None else routing
     writes = not_finite(k, v, keys, *coefficients, axes=3)
-    queries = not_finite(q, u, logit, axes=3)
+    queries = not_finite(q, u, logit, scale, axes=3)
     k, v, keys, coefficients = zeroed((k, v, keys, coefficients), writes)
-    q, u, logit = zeroed((q, u, logit), queries)
-    routing = None if routing is None else Routing(u, keys, logit)
+    q, u, logit, scale = zeroed((q, u, logit, scale), queries)
+    routing = None if routing is None else Routing(u, keys, logit, scale)
     return Tokens(q, k, v, coefficients, routing), writes, queries
 
 

@@ -86,7 +86,7 @@ def _unfinished(current, position, routing, log_retention, dtype, settings: Sett
     in_block = jax.nn.one_hot(block, settings.router_blocks, dtype=dtype)
     current = current.astype(dtype)
     key_sum = log_sum = None
-    if routing is not None:
+    if routing is not None and routing.keys is not None:
         key_sum = jnp.einsum("bt,tp,bthr->bphr", current, in_block, routing.keys)
     if log_retention is not None:
         log_sum = jnp.einsum("bt,bth->bh", current, log_retention)

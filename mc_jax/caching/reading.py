@@ -26,14 +26,16 @@ GROUPED_FROM_ON_TPU = 20
 
 
 class Routing(NamedTuple):
-    """What the router needs of each token, [B, T, H, ...], or [B, H, ...] in decoding."""
+    """What the reads of the cache need of each token, [B, T, H, ...], or [B, H, ...] in decoding."""
 
-    u: jax.Array
-    """The router's query [..., H, R]."""
-    keys: jax.Array
+    u: jax.Array | None
+    """The router's query [..., H, R]; None without a router, like `keys`."""
+    keys: jax.Array | None
     """What is pooled over a segment [..., H, R]."""
     online_logit: jax.Array | None
     """A learned logit for the online memory [..., H]; None: the running mean of `keys` is scored."""
+    cache_scale: jax.Array | None = None
+    """What the cache changes of a read counts by this factor [..., H]; None: by 1."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +84,20 @@ def choose(
         assert settings.top_k is not None
         return aggregation.select(scores, eligible, settings.top_k)
     return aggregation.gates(scores, eligible, settings.top_k if top_k is None else top_k)
+
+
+def scaled(gates: Gates | Selection, scale: jax.Array | None) -> Gates | Selection:
+    """Gates with which a read is (1 - s) M_t(q) + s (the read of these): by a scale of 0, the online memory.
+
+    Args:
+      gates: of all memories.
+      scale: s [B, T, H]; None: 1.
+    """
+    if scale is None:
+        return gates
+    scale = scale.astype(gates.online.dtype)
+    # In this order a scale of 0 leaves the online memory a weight of 1 to the bit.
+    return gates._replace(online=1 + scale * (gates.online - 1), cached=scale[..., None] * gates.cached)
 
 
 def combine(

@@ -17,7 +17,7 @@ from mc_jax.caching.finite import Tokens, mark_begun, misaligned_documents, reac
 from mc_jax.caching.handover import run_in_order
 from mc_jax.caching.neighbours import Neighbours
 from mc_jax.caching.prefill import cache_after
-from mc_jax.caching.reading import Cached, Routing, choose, combine
+from mc_jax.caching.reading import Cached, Routing, choose, combine, scaled
 from mc_jax.caching.settings import Settings
 from mc_jax.memories import Coefficients, Layout
 from pallas_kernels._finite import marked, reads_bad, selects_bad, spoilt, states_not_finite, zeroed
@@ -286,6 +286,7 @@ def _read(
     scores = pooled = joined = None
     if routing is not None:
         routing = Routing(*jax.tree.map(lambda x: x.astype(dtype), tuple(routing)))
+    if routing is not None and routing.keys is not None:
         pooled = router.pool(routing.keys, document_ids, settings.segment_length, settings.router_blocks)
     first_segment, readable_in = 0, settings.segment_length
     if neighbours is not None and AGGREGATIONS[settings.aggregation].gates is not None:
@@ -297,8 +298,9 @@ def _read(
         joined = join(cache, cached, pooled, dtype)
         cached, pooled, readable_in = joined.cached, joined.pooled, None
         bad_ends = jnp.zeros((batch, cached.tokens.shape[1], bad_ends.shape[2]), bool)
-    if routing is not None:
+    if routing is not None and routing.u is not None:
         assert pooled is not None
+        assert routing.keys is not None
         online_logit = routing.online_logit
         if online_logit is None:
             online_logit = router.running_mean_logit(routing.u, routing.keys, settings.segment_length)
@@ -310,8 +312,9 @@ def _read(
             first = segments.first_of_document(owners)
         else:
             eligible, first = continuation.eligible(cache, joined, length), None
-        gates = keep(choose(settings, scores, eligible, cached, top_k, first))
-        if routing is not None:  # which has scored all of them
+        chosen = choose(settings, scores, eligible, cached, top_k, first)
+        gates = keep(scaled(chosen, None if routing is None else routing.cache_scale))
+        if scores is not None:  # the router has scored all of them
             bad_reads = bad_reads | reads_bad(eligible[:, :, None], bad_ends)
         bad_states = states_not_finite(cached.states)
         states = zeroed(cached.states, bad_states)

@@ -112,6 +112,11 @@ def _check_model(model: ModelConfig) -> None:
     _must_go_together("model.attention_window", model.attention_window, windowed, pattern, "1024")
     if model.router_blocks > 1 and model.aggregation not in ("gated", "soup", "sparse"):
         raise ConfigError(f"model.router_blocks has no effect with {aggregation}; set it to 1")
+    if model.cache_scale is not None and model.aggregation == "none":
+        raise ConfigError(
+            f"model.cache_scale {model.cache_scale!r} has no effect with {aggregation}; set it to None, "
+            "or model.aggregation to one that reads a cache"
+        )
     if model.segmentation == "logarithmic":
         if model.aggregation != "gated":
             raise ConfigError(

@@ -56,6 +56,9 @@ class ModelConfig:
     """What is pooled over a segment to be scored: a learned map of the inputs, or the keys."""
     online_logit: Literal["learned", "running_mean"] = "learned"
     """The online memory's logit: a learned map of the input, or the score of the segment so far."""
+    cache_scale: Literal["learned"] | None = None
+    """Factor per head on what cached memories change of a read: "learned" from 0, with which a memory that is
+    added to a trained model changes nothing at first. None: 1."""
     convolution_width: int = 4
     """Width of the causal depth-wise convolution after the q, k and v maps; 1 is none."""
     tie_embeddings: bool = True

@@ -142,6 +142,8 @@ def _implied(model: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
             implied["top_k"] = None
         if not aggregation.uses_router:
             implied["router_blocks"] = 1
+        if aggregation.gates is None:
+            implied["cache_scale"] = None
         if model.aggregation != "gated":
             implied["segmentation"] = "constant"
     if given.get("segmentation") == "logarithmic":

@@ -114,6 +114,7 @@ def _mixer(config: ModelConfig, kind: LayerKind, dtype: Dtype, rngs: nnx.Rngs) -
         mlp=config.memory_depth == 2,
         router_keys=config.router_keys,
         online_logit=config.online_logit,
+        cache_scale=config.cache_scale,
         convolution_width=config.convolution_width,
         dtype=dtype,
         rngs=rngs,

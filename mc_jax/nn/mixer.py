@@ -65,6 +65,7 @@ class MemoryCaching(nnx.Module):
         mlp: bool = False,
         router_keys: str = "inputs",
         online_logit: str = "learned",
+        cache_scale: str | None = None,
         convolution_width: int = 4,
         dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -79,6 +80,7 @@ class MemoryCaching(nnx.Module):
           mlp: the memory's state is an MLP with hidden width 4 D / H ("dla", "titans"), and not a matrix.
           router_keys: what is pooled over a segment: "inputs" (a learned map of them) or "keys".
           online_logit: the online memory's logit: "learned" (a map of the input) or "running_mean".
+          cache_scale: "learned", a factor per head, at first 0, on what the cache changes of a read; None: 1.
           convolution_width: taps of the causal convolution, 1 for none.
           dtype: of activations; parameters are float32.
           rngs: source of the initial weights.
@@ -131,6 +133,8 @@ class MemoryCaching(nnx.Module):
         self.router_query = router_query(keys if pools_keys else model_dim) if uses_router else None
         self.router_key = linear(model_dim) if uses_router and not pools_keys else None
         self.online_logit = linear(num_heads) if uses_router and online_logit == "learned" else None
+        scale = jnp.zeros((num_heads,), jnp.float32)
+        self.cache_scale = None if cache_scale is None else nnx.Param(scale)
         self.norm = RMSNorm(head_dim)
         self.output_gate = linear(model_dim)
         self.output = linear(model_dim)
@@ -253,12 +257,16 @@ class MemoryCaching(nnx.Module):
 
     def _write(self, x: jax.Array, qkv: tuple[jax.Array, jax.Array, jax.Array]) -> _Written:
         q, k, v = qkv
-        routing = None
+        routing = scale = None
+        if self.cache_scale is not None:
+            scale = jnp.broadcast_to(self.cache_scale[...], (*x.shape[:-1], self.num_heads))
+            routing = caching.Routing(None, None, None, scale)
         if self.router_query is not None:
             routing = caching.Routing(
                 u=self._heads(self.router_query(x)),
                 keys=k if self.router_key is None else self._heads(self.router_key(x)),
                 online_logit=None if self.online_logit is None else self.online_logit(x),
+                cache_scale=scale,
             )
         maps = (self.retention, self.momentum, self.step_size, self.previous_step)
         coefficients = Coefficients(*(None if map is None else map(x) for map in maps))

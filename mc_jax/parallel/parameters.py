@@ -38,6 +38,7 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
     "mixer.previous_step.map.kernel": _FROM_MODEL,
     "mixer.previous_step.map.bias": ("heads",),
     "mixer.retention.log_rate": ("heads",),
+    "mixer.cache_scale": ("heads",),
     "mixer.output.kernel": ("heads", "model"),
     "mixer.norm.scale": (None,),
     # Queries, keys and values side by side, which no cut between heads divides.

@@ -52,7 +52,7 @@ def parameter_part(path: tuple[Any, ...], model: ModelConfig) -> str:
     kind = model.layer_pattern[int(keys[0].removeprefix("blocks_"))]
     if keys[1] == "mlp":
         return "MLP"
-    if keys[2].startswith("router_") or keys[2] == "online_logit":
+    if keys[2].startswith("router_") or keys[2] in ("online_logit", "cache_scale"):
         return "router"
     return f"mixer ({model.memory if kind == 'memory' else kind})"
 

@@ -17,7 +17,10 @@ LENGTH = 21
 def _parts(found):
     routing = None
     if "u" in found:
-        routing = Routing(found["u"], found.get("router_keys", found["k"]), found.get("online_logit"))
+        keys = found.get("router_keys", found["k"])
+        routing = Routing(found["u"], keys, found.get("online_logit"), found.get("cache_scale"))
+    elif "cache_scale" in found:
+        routing = Routing(None, None, None, found["cache_scale"])
     coefficients = Coefficients(**{name: found.get(name) for name in Coefficients._fields})
     return found["q"], found["k"], found["v"], routing, coefficients
 
@@ -42,8 +45,10 @@ def _decoded(found, settings, lengths, places):
     return jnp.stack(reads, axis=1), cache
 
 
-def check_decoding(memory, mlp, aggregation, router="inputs", **changes):
+def check_decoding(memory, mlp, aggregation, router="inputs", scaled=False, **changes):
     found = arguments(memory, mlp, aggregation, length=LENGTH, router=router)
+    if scaled:
+        found["cache_scale"] = jax.random.normal(jax.random.key(1), found["q"].shape[:3], jnp.float64)
     if changes.get("segmentation") == "logarithmic" and changes.get("segment_init") == "independent":
         found["initial_state"] = None
     settings = Settings(
@@ -89,7 +94,8 @@ def test_decoding_equals_the_parallel_form_for_every_memory(memory, mlp):
 )
 def test_decoding_equals_the_parallel_form_for_every_aggregation(memory, mlp, aggregation):
     segment_init = "independent" if aggregation == "average" else "checkpoint"
-    check_decoding(memory, mlp, aggregation, segment_init=segment_init)
+    scaled = (memory, aggregation) in (("titans", "residual"), ("linear", "sparse"))
+    check_decoding(memory, mlp, aggregation, segment_init=segment_init, scaled=scaled)
 
 
 @pytest.mark.usefixtures("x64")

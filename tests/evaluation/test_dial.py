@@ -41,6 +41,7 @@ def by_the_reference(q, k, v, routing, coefficients, settings, *, document_ids, 
     routing = {} if routing is None else routing._asdict() | {"router_keys": routing.keys}
     u = routing.pop("u", q)
     routing.pop("keys", None)
+    assert routing.pop("cache_scale", None) is None, "the reference knows no scale"
     y, _, _ = memory_caching_reference(
         q, k, v, u, **given, **routing, **coefficients._asdict(), initial_state=initial_state
     )
@@ -90,12 +91,13 @@ def test_turning_to_what_was_trained_changes_nothing():
 
 
 def test_what_cannot_stay_changes_too_and_is_said():
-    config = run_of(aggregation="sparse", top_k=2, router_blocks=2).config
+    config = run_of(aggregation="sparse", top_k=2, router_blocks=2, cache_scale="learned").config
     off = turned_config(config, {"model.aggregation": "none"})
     assert {name: new for name, (new, _) in differences(off, config).items()} == {
         "model.aggregation": "none",
         "model.top_k": None,
         "model.router_blocks": 1,
+        "model.cache_scale": None,
     }
     short = turned_config(run_of().config, {"model.segment_length": 6})
     assert short.model.chunk_length == 2, "chunks of a linear memory are a way to compute"

@@ -72,7 +72,14 @@ class Provenance:
         }
         told = ", ".join(f"{name} {there!r} -> {here!r}" for name, (there, here) in changed.items())
         begins = f"{run_dir} begins with --init {self.summary()}"
-        return f"{begins}; settings of model and data that differ: {told or 'none'}"
+        begins += f"; settings of model and data that differ: {told or 'none'}"
+        if "model.aggregation" in changed and self.source_config.model.aggregation == "none":
+            begins += (
+                "; with a scale of 0 the added memory changes nothing yet"
+                if config.model.cache_scale
+                else "; the added memory changes the model at once, unless --model.cache-scale learned"
+            )
+        return begins
 
     def summary(self) -> str:
         """One line for people."""
