@@ -169,6 +169,15 @@ def test_texts_are_generated_alike_alone_and_in_a_batch():
         assert text == TOKENIZER.decode(said[:ends])
 
 
+def test_drawn_texts_are_those_of_the_seed():
+    settings = {"until": [], "max_gen_toks": 4, "do_sample": True, "temperature": 1.0}
+    asked = requests("generate_until", [("the sea", settings), ("x", settings)])
+    drawn, again = (harness().generate_until(asked, disable_tqdm=True) for _ in range(2))
+    assert drawn == again
+    greedy = requests("generate_until", [(prompt, {"max_gen_toks": 4}) for prompt in ("the sea", "x")])
+    assert drawn != harness().generate_until(greedy, disable_tqdm=True)
+
+
 @pytest.mark.parametrize(
     ("said", "until", "tokens", "text"),
     [

@@ -1,6 +1,7 @@
 """Tasks of lm-eval, from files alone: its own wikitext by hand, questions with choices, texts with stops."""
 
 import functools
+import importlib
 import json
 import math
 import os
@@ -108,6 +109,29 @@ def test_questions_of_a_local_file_are_asked_and_written_with_hashes(folder, que
         write_harness({"x": results}, folder / "found")
 
 
+def test_results_of_several_runs_lie_in_a_folder_each(folder):
+    results = {"results": {"a": {"acc,none": 0.5}}, "samples": {"a/b": [{"doc": 1}]}}
+    write_harness({"one": results, "two": results}, folder / "several")
+    files = {str(file.relative_to(folder / "several")) for file in (folder / "several").rglob("*.json*")}
+    assert files == {
+        f"{run}/{name}" for run in ("one", "two") for name in ("results.json", "samples_a_b.jsonl")
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        ({"limit": 0}, "limit is 0"),
+        ({"num_fewshot": -1}, "num_fewshot is -1"),
+        ({"stride": 8}, "stride has no effect on"),
+        ({"lengths": (64,)}, "lengths have no effect on"),
+    ],
+)
+def test_settings_out_of_range_or_without_effect_are_refused(questions, run, settings, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        run_harness(run, [questions], HarnessSettings(**settings))
+
+
 def test_the_program_of_lm_eval_knows_the_model(folder, questions, run, monkeypatch, capsys):
     monkeypatch.setattr(harness_model, "load_run", lambda folder, step: run)
     monkeypatch.setattr("sys.argv", ["lm_eval"])
@@ -168,3 +192,18 @@ def test_lm_eval_measures_prompts_by_the_tokenizer_of_the_run(tmp_path):
         write_transformers_tokenizer(tokenizer, tmp_path)
         read = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         assert read.encode(text).ids == tokenizer.encode(text).tolist()
+
+
+def test_a_task_of_ruler_is_asked_without_a_network_and_draws_the_same_prompts_again():
+    for package in ("transformers", "wonderwords"):
+        pytest.importorskip(package, reason=f"RULER's tasks in lm-eval need the package {package}")
+    try:
+        importlib.import_module("nltk").data.find("tokenizers/punkt_tab")
+    except LookupError:
+        pytest.skip("NLTK_DATA names no folder with punkt_tab; the package llama-index-core has one")
+    settings = HarnessSettings(lengths=(256,), limit=2)
+    found = [run_harness(run_of(context_length=256), ["niah_single_1"], settings) for _ in range(2)]
+    prompts = [[sample["prompt_hash"] for sample in one["samples"]["niah_single_1"]] for one in found]
+    assert prompts[0] == prompts[1]
+    assert len(set(prompts[0])) == 2
+    assert 0 <= found[0]["results"]["niah_single_1"]["256,none"] <= 1

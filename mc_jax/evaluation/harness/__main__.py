@@ -3,9 +3,12 @@
 import os
 import sys
 
+from mc_jax._absent_tpu import quiet_libtpu
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run lm-eval's program with these words, or those of the command line, and return its exit code."""
+    quiet_libtpu()
     # lm-eval's bootstrap forks, which a process with JAX's threads may not survive.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     if arguments is not None:

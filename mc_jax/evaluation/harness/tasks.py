@@ -4,11 +4,14 @@ import contextlib
 import importlib.util
 import json
 import os
+import random
 import re
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mc_jax.data.files import json_text, new_folder, write_json, write_text
 from mc_jax.data.tokenizer import write_transformers_tokenizer
@@ -45,11 +48,17 @@ def run_harness(run: Run, names: Sequence[str], settings: HarnessSettings) -> di
       lm-eval's results with all samples; "config" has what `HarnessModel.get_model_info` tells.
 
     Raises:
-      ValueError: as of `check_names`; or lm-eval knows no such task or cannot load it, or the model's
-        predictions are not finite.
+      ValueError: as of `check_names`; settings out of range or without effect, a task that lm-eval does not
+        know or cannot load, or a model whose predictions are not finite.
     """
     check_names(names)
+    for name in ("limit", "stride"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise ValueError(f"{name} is {value}; set it to 1 or more")
+    if settings.num_fewshot is not None and settings.num_fewshot < 0:
+        raise ValueError(f"num_fewshot is {settings.num_fewshot}; set it to 0 or more")
     from lm_eval import simple_evaluate
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.tasks import TaskManager
 
     from mc_jax.evaluation.harness.model import HarnessModel
@@ -62,7 +71,10 @@ def run_harness(run: Run, names: Sequence[str], settings: HarnessSettings) -> di
             metadata["max_seq_lengths"] = list(settings.lengths)
         # lm-eval's own tasks are thousands of files, which take seconds to read.
         manager = TaskManager(include_defaults=not all(map(_is_file, names)), metadata=metadata)
-        tasks = _load(manager, names)
+        # As lm-eval does before it loads tasks, some of which draw their documents then.
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        tasks = _load(manager, names, settings)
     model = HarnessModel(run, stride=settings.stride)
     with _one_process():
         results = simple_evaluate(
@@ -96,11 +108,11 @@ def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def _load(manager: Any, names: Sequence[str]) -> list[Any]:
+def _load(manager: Any, names: Sequence[str], settings: HarnessSettings) -> list[Any]:
     """Tasks and groups with their data; those of a hub are downloaded where they are not there.
 
     Raises:
-      ValueError: one is unknown, or cannot be loaded.
+      ValueError: one is unknown or cannot be loaded, or a setting has no effect on any.
     """
     for name in names:
         if not _is_file(name) and name not in manager.task_index:
@@ -108,16 +120,23 @@ def _load(manager: Any, names: Sequence[str]) -> list[Any]:
                 f"lm-eval has no task {name!r}; lm_eval ls tasks lists all; a file of your own is given as "
                 f"{PREFIX}PATH.yaml"
             )
-    loaded = []
+    loaded, leaves = [], []
     for name in names:
         try:
             found = manager.load([name])
         except Exception as error:  # of whatever library reads the data
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"lm-eval cannot load the task {name}: {reason}") from error
+        leaves += found["tasks"].values()
         below = {child for children in found["group_map"].values() for child in children}
         loaded += [group for key, group in found["groups"].items() if key not in below]
         loaded += [task for key, task in found["tasks"].items() if key not in below]
+    if settings.lengths and all(task.config.custom_dataset is None for task in leaves):
+        raise ValueError(
+            f"lengths have no effect on {', '.join(names)}: no prompt is made there; leave them out"
+        )
+    if settings.stride is not None and all(task.OUTPUT_TYPE != "loglikelihood_rolling" for task in leaves):
+        raise ValueError(f"stride has no effect on {', '.join(names)}: no whole text is scored; leave it out")
     return loaded
 
 
