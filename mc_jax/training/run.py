@@ -64,12 +64,17 @@ def new_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, TrainState
 def abstract_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:
     """Shapes of `new_state`, with dtypes and shardings: to load a checkpoint, or to compile a step.
 
-    It needs a mesh, whose devices need not be here.
+    The devices of a mesh need not be here; without one all lies on the default device.
     """
     graph, draw = drawing(config, vocab_size)
     state = jax.eval_shape(draw)
+    if has_mesh():
+        where = shardings(state)
+    else:
+        here = jnp.zeros(()).sharding
+        where = jax.tree.map(lambda _: here, state)
     return graph, jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state)
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, where
     )
 
 
@@ -116,8 +121,8 @@ def load_run(run_dir: epath.PathLike, step: int | None = None) -> Run:
     config = read_config(folder)
     dataset = open_data(config.data, folder / TOKENIZER_FILE)
     must_fit(newest_seal(folder), make_seal(config, dataset), folder)
-    graph, state = new_state(config, dataset.tokenizer.vocab_size)
-    loaded = load_newest(folder, state) if step is None else load_step(folder, step, state)
+    graph, like = abstract_state(config, dataset.tokenizer.vocab_size)
+    loaded = load_newest(folder, like) if step is None else load_step(folder, step, like)
     if loaded is None:
         raise ValueError(f"{folder} has no complete checkpoint yet; go on with mc-jax train")
     must_be_finite(folder, loaded, loaded.state.parameters)

@@ -39,8 +39,8 @@ def _cases() -> dict[str, Config]:
     names = ("linear-none", "swla-sparse", "dla-soup", "titans-gated", "transformer")
     cases = {f"paper-170m-{name}": members[f"170m-{name}"] for name in names}
     for changes in (
-        {"layer_pattern": ("attention",)},  # with the router's settings left as they are
-        {"layer_pattern": ("window",), "attention_window": 5},
+        # With the router's settings left as they are.
+        {"layer_pattern": ("attention", "window"), "attention_window": 5},
         {"layer_pattern": ("attention", "memory", "window"), "attention_window": 5, "memory": "delta",
          "aggregation": "residual"},
         {"layer_pattern": ("attention", "memory"), "aggregation": "average", "top_k": 1},

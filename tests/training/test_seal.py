@@ -164,7 +164,7 @@ def test_weights_that_are_not_finite_are_an_error_that_names_another_step(run, c
     train_to(run, 5)
     train_to(run, 10)
     nan = TrainState({"a": jnp.array([1.0, jnp.nan])}, None, jnp.zeros((), jnp.int32))
-    monkeypatch.setattr(runs, "new_state", lambda *_: (None, nan))
+    monkeypatch.setattr(runs, "abstract_state", lambda *_: (None, nan))
     monkeypatch.setattr(runs, "load_newest", lambda *_: Loaded(10, nan, None))
     for words in (["eval", str(run), "--json"], ["generate", str(run), "--prompt", "a"]):
         assert main(words) == 2
