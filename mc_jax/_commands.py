@@ -250,6 +250,11 @@ class PrepareArguments:
     """Ids of the "bpe" tokenizer, for example 4096; None with another."""
     text_field: str = "text"
     """Field of .jsonl, or column of .parquet, that has the text."""
+    responses: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Lines or rows have a prompt and a response (or completion), or chat messages; the responses alone are
+    learned and scored."""
+    template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """With --responses: the chat template, in Jinja or in a tokenizer_config.json; None: a plain one."""
 
 
 def prepare(arguments: Sequence[str]) -> None:
@@ -257,7 +262,12 @@ def prepare(arguments: Sequence[str]) -> None:
     chosen = parse(PrepareArguments, arguments, program="mc-jax prepare")
     if not chosen.inputs:
         raise UsageError("no input is named; write mc-jax prepare FILE ... --output FOLDER")
+    if chosen.template is not None and not chosen.responses:
+        raise UsageError("--template has no effect without --responses; add that, or leave it out")
+    if chosen.responses and chosen.text_field != PrepareArguments.text_field:
+        raise UsageError("--text-field has no effect with --responses; leave it out")
 
+    from mc_jax.data.conversations import read_template
     from mc_jax.data.files import remove_unfinished
     from mc_jax.data.prepare import prepare as write_store
 
@@ -271,10 +281,15 @@ def prepare(arguments: Sequence[str]) -> None:
         tokenizer=chosen.tokenizer,
         vocab_size=chosen.vocab_size,
         text_field=chosen.text_field,
+        template=read_template(chosen.template) if chosen.responses else None,
     )
     for name, store in (("training", dataset.train), ("held-out", dataset.held_out)):
         if store is not None:
-            print(f"{name}: {len(store):,} documents, {store.num_bytes:,} bytes, {store.num_tokens:,} tokens")
+            scored = "" if store.scored is None else f", {store.num_scored:,} of them scored"
+            told = (
+                f"{store.num_bytes:,} {'scored ' if scored else ''}bytes, {store.num_tokens:,} tokens{scored}"
+            )
+            print(f"{name}: {len(store):,} documents, {told}")
     if dataset.held_out is not None and not chosen.held_out:
         first, *others = dataset.held_out.names
         print(

@@ -1,4 +1,7 @@
-"""Documents from text files: .txt, .jsonl (both also with .gz) and .parquet, read as a stream."""
+"""Documents from text files: .txt, .jsonl (both also with .gz) and .parquet, read as a stream.
+
+A document is a text, or a conversation of which the responses alone are scored.
+"""
 
 import gzip
 import importlib.util
@@ -8,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from mc_jax.data.conversations import FIELDS, ChatTemplate, conversation
 from mc_jax.data.documents import Document
 
 FORMATS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
@@ -31,22 +35,25 @@ def check_readable(path: Path) -> None:
         )
 
 
-def read_documents(path: Path, text_field: str) -> Iterator[Document]:
+def read_documents(path: Path, content: str | ChatTemplate) -> Iterator[Document]:
     """The documents of a file: a .txt file is one; of .jsonl and .parquet each line or row is.
 
     Args:
       path: the file.
-      text_field: field of a .jsonl line or column of a .parquet file that has the text.
+      content: field of a .jsonl line or column of a .parquet file that has the text; or what makes a text of
+        the conversation that a line or row has.
 
     Raises:
       ValueError: the file is damaged, not UTF-8, or has no such field; one line with file and place.
     """
     if path.suffix == ".parquet":
-        documents = _parquet(path, text_field)
+        documents = _parquet(path, content)
     elif path.name.endswith((".txt", ".txt.gz")):
+        if isinstance(content, ChatTemplate):
+            raise ValueError(f"{path} has no prompts and responses; give .jsonl or .parquet with --responses")
         documents = _text(path)
     else:
-        documents = _json_lines(path, text_field)
+        documents = _json_lines(path, content)
     try:
         for document in documents:
             try:
@@ -71,7 +78,7 @@ def _text(path: Path) -> Iterator[Document]:
         yield Document(path.name, file.read().decode())
 
 
-def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
+def _json_lines(path: Path, content: str | ChatTemplate) -> Iterator[Document]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             name = f"{path.name}:{number}"
@@ -83,34 +90,44 @@ def _json_lines(path: Path, text_field: str) -> Iterator[Document]:
                 raise
             except ValueError as error:
                 raise ValueError(f"{path}:{number} is not JSON ({error}); write one object a line") from None
-            if not isinstance(values, dict) or not isinstance(values.get(text_field), str):
+            if isinstance(content, ChatTemplate):
+                yield conversation(name, values, content, place=f"{path}:{number}")
+                continue
+            if not isinstance(values, dict) or not isinstance(values.get(content), str):
                 fields = ", ".join(values) if isinstance(values, dict) else type(values).__name__
                 raise ValueError(
-                    f"{path}:{number} has no text in field {text_field!r} (it has: {fields}); "
+                    f"{path}:{number} has no text in field {content!r} (it has: {fields}); "
                     "name the field that has it with text_field"
                 )
-            yield Document(name, values[text_field])
+            yield Document(name, values[content])
 
 
-def _parquet(path: Path, text_field: str) -> Iterator[Document]:
+def _parquet(path: Path, content: str | ChatTemplate) -> Iterator[Document]:
     # Optional, so imported by name: a type checker need not find it.
     pyarrow = importlib.import_module("pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            if text_field not in columns:
+            if isinstance(content, ChatTemplate):
+                wanted = [name for name in file.schema_arrow.names if name in FIELDS]
+                rows = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
+                for number, values in enumerate(rows, 1):
+                    place = f"row {number} of {path}"
+                    yield conversation(f"{path.name}:{number}", values, content, place=place)
+                return
+            if content not in columns:
                 raise ValueError(
-                    f"{path} has no column {text_field!r} (it has: {', '.join(columns)}); "
+                    f"{path} has no column {content!r} (it has: {', '.join(columns)}); "
                     "name the column that has the text with text_field"
                 )
             row = 0
-            for batch in file.iter_batches(columns=[text_field]):
+            for batch in file.iter_batches(columns=[content]):
                 for text in batch.column(0).to_pylist():
                     row += 1
                     if not isinstance(text, str):
                         raise ValueError(
-                            f"row {row} of {path} has no text in column {text_field!r}; remove the row"
+                            f"row {row} of {path} has no text in column {content!r}; remove the row"
                         )
                     yield Document(f"{path.name}:{row}", text)
     except pyarrow.ArrowInvalid as error:

@@ -17,6 +17,9 @@ class Document(NamedTuple):
     """Its source, for people: a title, or a file and line."""
     text: str
     """The whole text."""
+    responses: tuple[tuple[int, int], ...] | None = None
+    """Parts of the text that alone are learned and scored, in their order: first character, and the one after
+    the last; None: all of it."""
 
 
 class TokenizedDocument(NamedTuple):
@@ -27,15 +30,43 @@ class TokenizedDocument(NamedTuple):
     tokens: np.ndarray
     """int32 [tokens], without separators."""
     text_bytes: int
-    """Length of the text in UTF-8, which bits per byte are counted over."""
+    """Length in UTF-8 of what is scored, which bits per byte are counted over."""
+    scored: np.ndarray | None = None
+    """Which targets are scored: the tokens, and the separator after them, bool [tokens + 1]; None: all."""
 
 
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
     """Tokenize documents in their order, about a megabyte at a time; empty ones are left out."""
     for group in _groups(documents):
-        encoded = tokenizer.encode_batch([document.text for document in group])
-        for document, tokens in zip(group, encoded, strict=True):
-            yield TokenizedDocument(document.name, tokens, len(document.text.encode()))
+        parts = [_parts(document) for document in group]
+        encoded = iter(tokenizer.encode_batch([text for some in parts for text, _ in some]))
+        for document, some in zip(group, parts, strict=True):
+            tokens = [next(encoded) for _ in some]
+            text_bytes = sum(len(text.encode()) for text, is_scored in some if is_scored)
+            scored = None
+            if document.responses is not None:
+                ends_so = [some[-1][1]]
+                masks = [
+                    np.full(len(ids), is_scored) for ids, (_, is_scored) in zip(tokens, some, strict=True)
+                ]
+                scored = np.concatenate([*masks, ends_so])
+            yield TokenizedDocument(document.name, np.concatenate(tokens), text_bytes, scored)
+
+
+def _parts(document: Document) -> list[tuple[str, bool]]:
+    """A text in parts, and whether each is scored.
+
+    Parts are tokenized by themselves: a prompt is, when a model answers it, and so no token belongs to both.
+    The separator after the last part is scored with it, or a model would not learn to end.
+    """
+    if document.responses is None:
+        return [(document.text, True)]
+    parts, end = [], 0
+    for start, stop in document.responses:
+        parts += [(document.text[end:start], False), (document.text[start:stop], True)]
+        end = stop
+    parts.append((document.text[end:], False))
+    return [part for part in parts if part[0]]
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -160,9 +160,9 @@ def _locked(folder: Path) -> Generator[None]:
 
 
 def read_json(
-    path: epath.PathLike, *, kind: str, version: int, fields: Iterable[str], cure: str
+    path: epath.PathLike, *, kind: str, version: int | tuple[int, ...], fields: Iterable[str], cure: str
 ) -> dict[str, Any]:
-    """Read a JSON object that says it is of this `kind` and `version` and has all `fields`.
+    """Read a JSON object that says it is of this `kind` and `version`, or one of these, and has all `fields`.
 
     Raises:
       ValueError: the file is missing, damaged, or of another kind or version; one line with `cure`.
@@ -175,9 +175,11 @@ def read_json(
         raise ValueError(f"{path} is not a readable {kind} ({error}); {cure}") from None
     if not isinstance(values, dict) or values.get("kind") != kind:
         raise ValueError(f"{path} is not a {kind} of mc_jax; {cure}")
-    if values.get("version") != version:
+    versions = version if isinstance(version, tuple) else (version,)
+    if values.get("version") not in versions:
         raise ValueError(
-            f"{path} is a {kind} of version {values.get('version')}, this mc_jax reads {version}; {cure}"
+            f"{path} is a {kind} of version {values.get('version')}, this mc_jax reads "
+            f"{' and '.join(map(str, versions))}; {cure}"
         )
     if missing := [field for field in fields if field not in values]:
         raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}; {cure}")

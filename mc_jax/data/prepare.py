@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mc_jax.data._readers import check_readable, read_documents
+from mc_jax.data.conversations import ChatTemplate
 from mc_jax.data.dataset import (
     HELD_OUT,
     KIND,
@@ -34,6 +35,7 @@ def prepare(
     tokenizer: str | Path = "bpe",
     vocab_size: int | None = None,
     text_field: str = "text",
+    template: ChatTemplate | None = None,
 ) -> Dataset:
     """Tokenize text files into a folder that `data.corpus` can name.
 
@@ -48,6 +50,8 @@ def prepare(
       tokenizer: "bpe" (trained on an even sample of `inputs`), "bytes", or a tokenizer.json of mc_jax.
       vocab_size: ids of the "bpe" tokenizer; None otherwise.
       text_field: field of .jsonl or column of .parquet that has the text.
+      template: what makes a text of the conversation that a line or row has, of which the responses alone
+        are learned and scored; None: lines and rows have texts.
 
     Returns:
       The opened folder.
@@ -55,6 +59,7 @@ def prepare(
     Raises:
       ValueError: settings or files that do not fit; one line with the cure.
     """
+    content = text_field if template is None else template
     training = [Path(path) for path in inputs]
     scored = [] if isinstance(held_out, float) else [Path(path) for path in held_out]
     folder = Path(output).expanduser().resolve()
@@ -65,14 +70,14 @@ def prepare(
         check_readable(path)
     _must_differ(training, scored)
     if isinstance(held_out, float):
-        split = split_off(_read(training, text_field), held_out)
+        split = split_off(_read(training, content), held_out)
         parts = {TRAIN: (training, split.train), HELD_OUT: (training, split.held_out)}
     else:
         parts = {TRAIN: (training, iter), HELD_OUT: (scored, iter)}
 
     def documents(part: str) -> Iterator[Document]:
         paths, choose = parts[part]
-        return choose(_read(paths, text_field))
+        return choose(_read(paths, content))
 
     used_tokenizer = _choose_tokenizer(tokenizer, vocab_size, documents(TRAIN))
     with new_folder(folder) as partial:
@@ -93,9 +98,9 @@ def prepare(
     return open_prepared(folder)
 
 
-def _read(paths: Iterable[Path], text_field: str) -> Iterator[Document]:
+def _read(paths: Iterable[Path], content: str | ChatTemplate) -> Iterator[Document]:
     for path in paths:
-        yield from read_documents(path, text_field)
+        yield from read_documents(path, content)
 
 
 def _must_differ(training: list[Path], scored: list[Path]) -> None:

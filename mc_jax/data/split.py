@@ -1,4 +1,7 @@
-"""A held-out part that is split off training text: whole documents, or the end of one where there are few."""
+"""A held-out part that is split off training text: whole documents, or the end of one where there are few.
+
+A document of which responses alone are scored is never cut.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -36,7 +39,7 @@ class Split:
             if place in self.whole:
                 yield None, document
             elif self.cut is not None and place == self.cut[0]:
-                name, text = document
+                name, text, _ = document
                 begin = _after_a_space(text, self.cut[1])
                 yield (
                     Document(name, text[:begin]),
@@ -59,16 +62,17 @@ def split_off(documents: Iterable[Document], share: float) -> Split:
     Raises:
       ValueError: there is too little text.
     """
-    count, characters, longest = 0, 0, (0, 0)
+    count, characters, longest, is_whole = 0, 0, (0, 0), False
     for count, document in enumerate((document for document in documents if document.text), start=1):
         characters += len(document.text)
         longest = max(longest, (len(document.text), -count))
-    if count >= _FEW_DOCUMENTS:
+        is_whole = is_whole or document.responses is not None
+    if count >= (2 if is_whole else _FEW_DOCUMENTS):
         number = min(max(1, round(share * count)), _MOST_HELD_OUT)
         drawn = np.random.default_rng(_SEED).choice(count, number, replace=False)
         return Split(whole=frozenset(drawn.tolist()))
     length, place = longest[0], -longest[1] - 1
-    if length < 2:
+    if length < 2 or is_whole:
         raise ValueError(
             "there is too little text to split off a held-out part; give files of its own by held_out, "
             "or turn it off (--held-out none)"

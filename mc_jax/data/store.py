@@ -4,11 +4,13 @@ Shapes: N tokens of all documents, P documents. Separators are not stored: a doc
 the sequence separator, its n tokens, separator, and so for n + 1 (input, target) pairs.
 
 A folder holds tokens.bin (little-endian uint16 or uint32), offsets.npy, text_bytes.npy, names.txt and
-manifest.json. It is written under another name and renamed when it is whole.
+manifest.json; scored.bin, a byte a pair, where not every pair is scored. It is written under another name and
+renamed when it is whole.
 """
 
 import array
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -21,9 +23,11 @@ from mc_jax.data.documents import TokenizedDocument
 from mc_jax.data.files import new_folder, read_json, write_json
 from mc_jax.data.tokenizer import Tokenizer
 
-_KIND, _VERSION = "token store", 1
+_KIND = "token store"
+_VERSION, _VERSION_WITH_SCORED = 1, 2  # who does not know scored.bin must not read past it
 _MANIFEST = "manifest.json"
 _FILES = ("tokens.bin", "offsets.npy", "text_bytes.npy", "names.txt")
+_SCORED = "scored.bin"
 _CURE = "write it again with mc-jax prepare"
 # Larger files are checked by their size alone: to hash a terabyte at every start would take an hour.
 _HASHED_BYTES = 256 << 20
@@ -39,7 +43,7 @@ class TokenStore:
     offsets: np.ndarray
     """int64 [P + 1]: document i is tokens[offsets[i] : offsets[i + 1]]."""
     text_bytes: np.ndarray
-    """int64 [P], UTF-8 bytes of each document's text."""
+    """int64 [P], UTF-8 bytes of what is scored of each document's text."""
     names: Sequence[str]
     """[P], the sources, for people."""
     separator_id: int
@@ -48,6 +52,8 @@ class TokenStore:
     """All ids are below it."""
     fingerprint: str
     """The tokenizer's."""
+    scored: np.ndarray | None = None
+    """bool [N + P], which pairs are learned and scored, document after document; None: all."""
     folder: Path | None = None
     """The folder that it lies in; None: in memory."""
 
@@ -56,7 +62,7 @@ class TokenStore:
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of all texts: what bits per byte are counted over."""
+        """UTF-8 bytes of all that is scored: what bits per byte are counted over."""
         return int(self.text_bytes.sum())
 
     @property
@@ -69,13 +75,19 @@ class TokenStore:
         """(input, target) pairs of all documents: one more than tokens in each."""
         return self.num_tokens + len(self)
 
+    @functools.cached_property
+    def num_scored(self) -> int:
+        """Pairs that are scored."""
+        return self.num_pairs if self.scored is None else int(np.count_nonzero(self.scored))
+
     def content_hash(self) -> str:
         """SHA-256 (hex) of what training and evaluation read, wherever it lies and whatever it is called.
 
         Of arrays too large to be read at every start, evenly spaced blocks.
         """
         digest = hashlib.sha256(f"{self.tokens.dtype.name} {self.separator_id} {self.fingerprint}".encode())
-        for values in (self.tokens, self.offsets, self.text_bytes):
+        masks = () if self.scored is None else (self.scored,)
+        for values in (self.tokens, self.offsets, self.text_bytes, *masks):
             digest.update(f" {values.size} ".encode())
             parts = [values]
             if values.nbytes > _HASHED_BYTES:
@@ -107,6 +119,13 @@ class TokenStore:
             )
         return sequence
 
+    def is_scored(self, index: int, start: int, stop: int) -> np.ndarray:
+        """Which of a document's pairs `start` to `stop` are scored, bool [stop - start]."""
+        if self.scored is None:
+            return np.ones(stop - start, bool)
+        begin = int(self.offsets[index]) + index
+        return np.asarray(self.scored[begin + start : begin + stop])
+
 
 def memory_store(documents: Iterable[TokenizedDocument], tokenizer: Tokenizer) -> TokenStore:
     """Keep tokenized documents in memory.
@@ -118,7 +137,9 @@ def memory_store(documents: Iterable[TokenizedDocument], tokenizer: Tokenizer) -
     if not documents:
         raise ValueError("there is no text in the documents; give at least one that is not empty")
     lengths = [len(document.tokens) for document in documents]
+    is_partly = any(document.scored is not None for document in documents)
     return TokenStore(
+        scored=np.concatenate([_mask(document) for document in documents]) if is_partly else None,
         tokens=np.concatenate([document.tokens for document in documents]).astype(_token_dtype(tokenizer)),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         text_bytes=np.array([document.text_bytes for document in documents], np.int64),
@@ -142,17 +163,22 @@ def write_store(folder: Path, documents: Iterable[TokenizedDocument], tokenizer:
     """
     must_be_free(folder)
     dtype = _token_dtype(tokenizer)
-    offsets, text_bytes = array.array("q", [0]), array.array("q")
+    offsets, text_bytes, is_partly = array.array("q", [0]), array.array("q"), False
     with new_folder(folder) as partial:
         with (
             (partial / "tokens.bin").open("wb") as tokens_file,
             (partial / "names.txt").open("w", encoding="utf-8") as names_file,
+            (partial / _SCORED).open("wb") as scored_file,
         ):
             for document in documents:
                 tokens_file.write(document.tokens.astype(dtype).data)
                 names_file.write(json.dumps(document.name) + "\n")
                 offsets.append(offsets[-1] + len(document.tokens))
                 text_bytes.append(document.text_bytes)
+                scored_file.write(_mask(document).data)
+                is_partly = is_partly or document.scored is not None
+        if not is_partly:
+            (partial / _SCORED).unlink()
         if not text_bytes:
             raise ValueError(f"there is no text to write to {folder}; give at least one document with text")
         np.save(partial / "offsets.npy", np.array(offsets, np.int64))
@@ -161,7 +187,7 @@ def write_store(folder: Path, documents: Iterable[TokenizedDocument], tokenizer:
             partial / _MANIFEST,
             {
                 "kind": _KIND,
-                "version": _VERSION,
+                "version": _VERSION_WITH_SCORED if is_partly else _VERSION,
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
                 "separator_id": tokenizer.separator_id,
@@ -169,7 +195,9 @@ def write_store(folder: Path, documents: Iterable[TokenizedDocument], tokenizer:
                 "documents": len(text_bytes),
                 "tokens": offsets[-1],
                 "text_bytes": sum(text_bytes),
-                "files": {name: _measure(partial / name) for name in _FILES},
+                "files": {
+                    name: _measure(partial / name) for name in (*_FILES, *([_SCORED] if is_partly else []))
+                },
             },
         )
     return open_store(folder)
@@ -187,8 +215,10 @@ def open_store(folder: Path, tokenizer: Tokenizer | None = None) -> TokenStore:
     """
     folder = Path(folder)
     fields = ("fingerprint", "vocab_size", "separator_id", "dtype", "files")
-    manifest = read_json(folder / _MANIFEST, kind=_KIND, version=_VERSION, fields=fields, cure=_CURE)
-    for name in _FILES:
+    versions = (_VERSION, _VERSION_WITH_SCORED)
+    manifest = read_json(folder / _MANIFEST, kind=_KIND, version=versions, fields=fields, cure=_CURE)
+    is_partly = manifest["version"] == _VERSION_WITH_SCORED
+    for name in (*_FILES, *([_SCORED] if is_partly else [])):
         path, expected = folder / name, manifest["files"].get(name)
         if not path.is_file() or _measure(path) != expected:
             raise ValueError(f"{path} is missing or not as it was written; {_CURE}")
@@ -202,6 +232,7 @@ def open_store(folder: Path, tokenizer: Tokenizer | None = None) -> TokenStore:
         offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
         text_bytes=np.load(folder / "text_bytes.npy", mmap_mode="r"),
         names=_Names(folder / "names.txt"),
+        scored=np.memmap(folder / _SCORED, bool, "r") if is_partly else None,
         separator_id=manifest["separator_id"],
         vocab_size=manifest["vocab_size"],
         fingerprint=manifest["fingerprint"],
@@ -237,6 +268,10 @@ class _Names(Sequence[str]):
             with self._path.open(encoding="utf-8") as lines:
                 self._names = [json.loads(line) for line in lines]
         return self._names
+
+
+def _mask(document: TokenizedDocument) -> np.ndarray:
+    return np.ones(len(document.tokens) + 1, bool) if document.scored is None else document.scored
 
 
 def _token_dtype(tokenizer: Tokenizer) -> np.dtype:

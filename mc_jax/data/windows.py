@@ -54,9 +54,12 @@ def num_pairs(store: TokenStore, document: int) -> int:
 
 
 def example_of(store: TokenStore, window: Window, length: int) -> Example:
-    """A window as one row of `length` positions, padding at its end; loss_mask is 1 on what it scores."""
+    """A window as one row of `length` positions, padding at its end; loss_mask is 1 on what it scores.
+
+    Where responses alone are scored, it is so on those.
+    """
     example = empty_example(store, length)
-    put_pairs(example, 0, store.sequence(window.document, window.start, window.end + 1))
+    put_pairs(example, 0, store, window.document, window.start, window.end)
     example["loss_mask"][: window.scored - window.start] = 0
     return example
 
@@ -80,7 +83,7 @@ def batches_of(
 def evaluation_windows(
     store: TokenStore, *, context_length: int, stride: int, batch_size: int, every: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of windows in which loss_mask is 1 on every (input, target) pair of the store exactly once.
+    """Batches of windows in which loss_mask is 1 on every pair of the store that is scored, exactly once.
 
     A window holds one document; `overlapping_windows` tells how documents are cut.
 

@@ -91,11 +91,12 @@ def add_up(
         if mode.edges:
             buckets = np.searchsorted(mode.edges, scored.position + within, side="right") - 1
         where = units.of(scored.document, places), buckets
+        counted = store.is_scored(scored.document, scored.place, scored.place + len(places))
         for total, values in (
             (nats, scored.nats.astype(np.float64)),
-            (tokens, 1),
-            (text, counts.bytes[places]),
-            (words, counts.words[places]),
+            (tokens, counted),
+            (text, counts.bytes[places] * counted),
+            (words, counts.words[places] * counted),
         ):
             np.add.at(total, where, values)
     if not tokens.any():

@@ -59,11 +59,11 @@ class HeldOut:
         for batch in evaluation_windows(self._store, **self._windows):
             tokens += int(batch["loss_mask"].sum())
             total += float(np.asarray(self._losses(parameters, batch), np.float64).sum())
-        return total / tokens
+        return total / tokens if tokens else math.nan  # windows of prompts alone
 
     def bits_per_byte(self, loss: float) -> float:
         """Nats per token as bits per byte of the text, whatever the tokenizer."""
-        return loss / math.log(2) * self._store.num_pairs / self._store.num_bytes
+        return loss / math.log(2) * self._store.num_scored / self._store.num_bytes
 
 
 class WhileTraining:

@@ -66,7 +66,7 @@ def train(
     ):
         config, dataset = folder.config, folder.dataset
         # Loss is per token; bits per byte needs the corpus's mean length of a token.
-        bytes_per_token = dataset.train.num_bytes / dataset.train.num_pairs
+        bytes_per_token = dataset.train.num_bytes / dataset.train.num_scored
         graph, like = run.abstract_state(config, dataset.tokenizer.vocab_size)
         held_out = WhileTraining(config, graph, dataset)
         step_fn = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
