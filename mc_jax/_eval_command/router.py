@@ -32,9 +32,8 @@ def tell_router(chosen: EvalArguments, source: str) -> None:
     from mc_jax.evaluation.inspected import inspect_text
     from mc_jax.evaluation.router_page import router_page
 
-    found = inspect_text(
-        open_run(folder, chosen), text, name=name, needle=chosen.needle, asked_tokens=chosen.asked_tokens or 1
-    )
+    asked = 1 if chosen.asked_tokens is None else chosen.asked_tokens
+    found = inspect_text(open_run(folder, chosen), text, name=name, needle=chosen.needle, asked_tokens=asked)
     if files:
         write_json(files["json"], found.to_json())
         write_text(files["html"], router_page(found))

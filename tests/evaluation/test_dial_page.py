@@ -1,15 +1,8 @@
 """The dial's page: it needs no other file, says what was found, and is sorted, filtered and fits a phone."""
 
-import html
-import html.parser
-import json
-import re
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
-from html_pages import HtmlPage, must_load_nothing
+from html_pages import HtmlPage, must_fit_in_a_browser, must_load_nothing
 
 from mc_jax.evaluation.sweep.page import dial_page
 from mc_jax.evaluation.sweep.runner import Outcome
@@ -145,55 +138,26 @@ def test_bytes_have_a_unit_that_suits_them():
     ]
 
 
-# Types, clicks, and tells what is to be seen then; in a frame, for a window is never narrower than 500.
-_LOOK = """
-onload = () => {
-  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+# Types and clicks.
+_USE = """
   const rows = () => [...page.querySelectorAll("table.cells tbody tr")].filter(row => !row.hidden);
   const heads = [...page.querySelectorAll("table.cells th button")];
   const place = heads.findIndex(head => head.textContent === "bits per byte");
-  const found = {widths: [root.clientWidth, root.scrollWidth], all: rows().length};
+  found.all = rows().length;
   const values = () => rows().map(row => +row.cells[place].dataset.value);
   heads[place].click(); found.rising = values();
   heads[place].click(); found.falling = values();
   const box = page.getElementById("filter");
   box.value = "sparse 64"; box.dispatchEvent(new Event("input"));
   found.filtered = rows().length; found.told = page.querySelector("output").textContent;
-  found.pictures = [...page.images].map(image => image.complete && image.naturalWidth > 0);
-  document.body.textContent = JSON.stringify(found);
-}
 """
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser_it_fits_and_is_sorted_and_filtered_without_errors(width, text, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium to look at the page with: apt-get install chromium")
-    frame = f'<iframe style="border: 0; width: {width}px" srcdoc="{html.escape(text)}"></iframe>'
-    (tmp_path / "frame.html").write_text(f"<body>{frame}<script>{_LOOK}</script></body>")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
-    done = subprocess.run(
-        [
-            browser,
-            *options,
-            "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path}",
-            f"file://{tmp_path}/frame.html",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    told = re.search(r"<body>(\{.*\})</body>", done.stdout)
-    assert told is not None, done.stdout[-2000:] + done.stderr
-    found = json.loads(html.unescape(told[1]))
-    assert found["widths"] == [width, width], "something wide does not scroll within its own box"
+    found = must_fit_in_a_browser(text, width, tmp_path, _USE)
     assert found["all"] == len(RESULTS)
     bits = sorted(result["measurement"]["bits_per_byte"] for result in RESULTS)
     assert found["rising"] == bits
     assert found["falling"] == bits[::-1]
     assert (found["filtered"], found["told"]) == (1, f"1 of {len(RESULTS)}")
-    assert all(found["pictures"]), "a picture is broken"

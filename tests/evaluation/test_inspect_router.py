@@ -7,7 +7,7 @@ import types
 
 import numpy as np
 import pytest
-from html_pages import must_load_nothing
+from html_pages import must_fit_in_a_browser, must_load_nothing
 from untrained import TINY, WORDS, kept_run, run_of
 
 from mc_jax.cli import main
@@ -72,6 +72,7 @@ def test_standard_input_is_read_and_json_printed(folder, capsys, monkeypatch):
         ("--inspect-router FILE --needle nothing", "the needle 'nothing' does not occur in"),
         ("--inspect-router FILE --needle rained", "occurs in FILE more than once; give a longer part"),
         ("--inspect-router FILE --needle 7 --asked-tokens 40", "put more text between the two, or ask fewer"),
+        ("--inspect-router FILE --needle 7 --asked-tokens 0", "or ask fewer tokens, at least 1"),
         ("--inspect-router FILE --asked-tokens 2", "--asked-tokens has no effect without --needle"),
         ("--needle 7", "--needle has no effect without --inspect-router"),
         ("--inspect-router FILE --tasks mqar", "--tasks has no effect with --inspect-router"),
@@ -122,6 +123,12 @@ def test_a_text_of_one_segment_has_a_page_too():
     page = router_page(found)
     assert "fits in one segment" in page
     assert "<pre>a &lt;b&gt;</pre>" in page
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_the_page_fits(width, tmp_path):
+    run = run_of(num_layers=2)
+    must_fit_in_a_browser(router_page(inspect_text(run, TEXT, name="text", needle=NEEDLE)), width, tmp_path)
 
 
 @pytest.mark.parametrize("aggregation", [{}, {"aggregation": "sparse", "top_k": 1}])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from html_pages import must_fit_in_a_browser, must_load_nothing
 from workplaces import WORDS
 
 from mc_jax.cli import main
@@ -22,6 +23,7 @@ from mc_jax.data.tokenizer import train_bpe
 from mc_jax.evaluation.recall import RecallSettings
 from mc_jax.evaluation.tasks import files
 from mc_jax.evaluation.tasks.files import write_results
+from mc_jax.evaluation.tasks.page import tasks_page
 from mc_jax.evaluation.tasks.runner import recall
 from mc_jax.nn import LanguageModel
 from mc_jax.training import run as runs
@@ -99,6 +101,12 @@ def test_the_command_writes_results_and_every_sample_whole(run, tmp_path, capsys
     assert "router hit" in page
     assert page.count("<figure>") == 1, "a task with depths has a picture, one without has none"
     assert "mean ± standard error" in page
+    must_load_nothing(page)
+
+
+def test_in_a_browser_the_page_fits_a_phone(loaded, tmp_path):
+    found = recall(loaded, ["passkey"], RecallSettings(samples=3, generate=False))
+    must_fit_in_a_browser(tasks_page([found]), 390, tmp_path)
 
 
 def test_the_same_is_asked_again_and_json_is_one_line(run, capsys):
