@@ -22,7 +22,7 @@ def ask_tasks(chosen: EvalArguments, names: Sequence[str]) -> None:
     from mc_jax.data.files import json_text, remove_unfinished
     from mc_jax.evaluation.tasks import TASKS
     from mc_jax.evaluation.tasks.files import as_json, must_be_new, write_results
-    from mc_jax.evaluation.tasks.runner import check_asked, recall
+    from mc_jax.evaluation.tasks.runner import check_asked, must_have_effect, recall
 
     names = tuple(TASKS) if tuple(names) == ("all",) else tuple(names)
     if len(set(names)) < len(names) or not names:
@@ -31,6 +31,7 @@ def ask_tasks(chosen: EvalArguments, names: Sequence[str]) -> None:
         raise UsageError(f"runs are {' '.join(chosen.runs)}; name each once")
     for name in names:
         check_asked(name, chosen.recall)
+    must_have_effect(names, chosen.recall)
     for folder in chosen.runs:
         settings_of(folder, chosen)
     if chosen.output is not None:

@@ -180,6 +180,8 @@ def test_a_failure_while_writing_leaves_nothing_half_written(loaded, tmp_path, m
         ("--tasks key-value --recall.documents x.jsonl", "there is no file x.jsonl"),
         ("--tasks s-niah-1 --recall.length 64", "a length of 64 tokens is too short"),
         ("--tasks mqar --output .", ". is there already; give --output another folder"),
+        ("--tasks mqar --recall.no-generate", "recall.generate has no effect on mqar"),
+        ("--tasks mqar mad-recall --recall.alternatives 3", "no effect on mqar, mad-recall: rows of tokens"),
         ("--recall.samples 3", "--recall.samples has no effect without --tasks"),
         ("--tasks mqar --mode stream", "--mode has no effect with --tasks; leave it out"),
         ("--tasks mqar --text a.txt", "--text has no effect with --tasks; leave it out"),

@@ -148,6 +148,22 @@ def check_asked(name: str, settings: RecallSettings) -> None:
             raise ValueError(f"there is no file {settings.documents}; give a JSONL file of documents")
 
 
+def must_have_effect(names: Sequence[str], settings: RecallSettings) -> None:
+    """See that no setting of tasks of text is given where there are none.
+
+    Raises:
+      ValueError: one is.
+    """
+    if any(isinstance(TASKS[name], TextTask) for name in names):
+        return
+    for field in ("alternatives", "generate"):
+        if getattr(settings, field) != getattr(RecallSettings, field):
+            raise ValueError(
+                f"recall.{field} has no effect on {', '.join(names)}: rows of tokens are read at places "
+                "alone; leave it out"
+            )
+
+
 def _text_lines(
     judge: Judge, task: TextTask, samples: list[TextSample], length: int, *, generate: bool
 ) -> list[dict[str, Any]]:
