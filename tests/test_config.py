@@ -45,6 +45,8 @@ FIELDS = (
     "training.weight_decay",
     "training.beta1",
     "training.beta2",
+    "training.train",
+    "training.freeze",
     "training.top_k_anneal_steps",
     "training.gradient_clip",
     "training.compute_dtype",

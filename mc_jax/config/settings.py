@@ -111,6 +111,10 @@ class TrainingConfig:
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
+    train: tuple[str, ...] | None = None
+    """Patterns of the parameters that are trained ("router_query", "blocks_0", "mixer.*"); None: all."""
+    freeze: tuple[str, ...] | None = None
+    """Patterns of parameters that are not, though `train` may have them; None: none."""
     top_k_anneal_steps: int = 0
     """Steps over which "sparse" goes from reading all cached memories to top_k; 0: top_k from the start."""
     gradient_clip: float = 1.0

@@ -29,6 +29,7 @@ from mc_jax.planning.speed import Speed, speed_of
 from mc_jax.planning.topology import Topology, read_topology
 from mc_jax.planning.turns import counts_of, kernel_works
 from mc_jax.training.optimizer import make_optimizer
+from mc_jax.training.patterns import trained_part
 from mc_jax.training.run import abstract_state, drawing
 from mc_jax.training.step import make_step, merge_model, token_losses
 
@@ -180,7 +181,8 @@ def trace_step(config: Config, vocabulary: int) -> tuple[jax.stages.Traced, Any,
     """Return the very step of training, traced on the current mesh, and shapes of its state and batch."""
     settings = config.training
     graph, state = abstract_state(config, vocabulary)
-    step: Any = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
+    part = trained_part(settings)
+    step: Any = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat, part)
     laid = jax.NamedSharding(jax.sharding.get_mesh(), spec("batch", "tokens"))
     batch = _batch(config, settings.batch_size, laid)
     top_k = jax.ShapeDtypeStruct((), jnp.int32) if settings.top_k_anneal_steps else None

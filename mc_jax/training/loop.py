@@ -17,6 +17,7 @@ from mc_jax.training.held_out import WhileTraining
 from mc_jax.training.initial import Init, initial_state
 from mc_jax.training.metrics import MetricsLog
 from mc_jax.training.optimizer import annealed_top_k, learning_rate, make_optimizer
+from mc_jax.training.patterns import trained_part
 from mc_jax.training.preemption import stops_at
 from mc_jax.training.progress import Progress
 from mc_jax.training.run_folder import opened
@@ -53,6 +54,9 @@ def train(
     run_dir = epath.Path(run_dir)
     settings = config.training
     is_first = jax.process_index() == 0
+    part = trained_part(settings)
+    if part is not None:  # patterns are for parameters, whatever the vocabulary
+        jax.eval_shape(run.drawing(config, vocab_size=1)[1])
     with (
         opened(run_dir, config, overwrite=overwrite, init=init) as folder,
         jax.set_mesh(mesh),
@@ -69,7 +73,7 @@ def train(
         bytes_per_token = dataset.train.num_bytes / dataset.train.num_scored
         graph, like = run.abstract_state(config, dataset.tokenizer.vocab_size)
         held_out = WhileTraining(config, graph, dataset)
-        step_fn = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat)
+        step_fn = make_step(graph, make_optimizer(settings), settings.accumulation, settings.remat, part)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(like.parameters))
         loaded = checkpoints.restore(like)
         if loaded is not None:
@@ -82,6 +86,9 @@ def train(
             print(folder.provenance.told(run_dir, start, config), flush=True)
         start_row = folder.begin(start)
         title = f"{run_dir.name}: {parameters / 1e6:.2f} M parameters, {len(dataset.train)} documents"
+        if part is not None:
+            trained = sum(leaf.size for leaf in jax.tree.leaves(part(like.parameters)))
+            title += f", {trained / 1e6:.2f} M of them trained"
         title += f", {mesh.size} devices" if mesh.size > 1 else ""
         title += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         title += f", going on from step {start}" if start else ""

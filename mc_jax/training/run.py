@@ -17,6 +17,7 @@ from mc_jax.parallel import has_mesh
 from mc_jax.parallel.parameters import shardings
 from mc_jax.training.checkpoint import load_newest, load_step, must_be_finite
 from mc_jax.training.optimizer import make_optimizer
+from mc_jax.training.patterns import trained_part
 from mc_jax.training.seal import make_seal, must_fit, newest_seal
 from mc_jax.training.step import TrainState, init_state, merge_model, split_model
 from pallas_kernels._platform import platform
@@ -85,9 +86,9 @@ def drawing(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Callable[[],
         rngs = nnx.Rngs(params=config.training.seed)
         return LanguageModel(config.model, vocab_size, dtype=activation_dtype(config), rngs=rngs)
 
-    optimizer = make_optimizer(config.training)
+    optimizer, part = make_optimizer(config.training), trained_part(config.training)
     graph = nnx.graphdef(nnx.eval_shape(build))
-    return graph, lambda: init_state(split_model(build())[1], optimizer)
+    return graph, lambda: init_state(split_model(build())[1], optimizer, part)
 
 
 def read_config(run_dir: epath.Path) -> Config:

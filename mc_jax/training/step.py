@@ -18,6 +18,8 @@ from mc_jax.parallel.cross_entropy import cross_entropy
 from mc_jax.parallel.parameters import constrain_tree
 
 type Parameters = dict[str, Any]
+type Part = Callable[[Parameters], Parameters]
+"""A function that picks some of the parameters, the ones that are trained."""
 type Batch = Mapping[str, jax.typing.ArrayLike]
 """inputs, targets, document_ids: [rows, T] int32; loss_mask [rows, T] float32."""
 
@@ -53,9 +55,12 @@ def merge_model(graph: nnx.GraphDef, parameters: Parameters) -> Any:
     return nnx.merge(graph, parameters)
 
 
-def init_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
+def init_state(
+    parameters: Parameters, optimizer: optax.GradientTransformation, part: Part | None = None
+) -> TrainState:
+    """The state before the first step; the optimizer's is of what is trained alone. `part` None: all is."""
+    trained = parameters if part is None else part(parameters)
+    return TrainState(parameters, optimizer.init(trained), jnp.zeros((), jnp.int32))
 
 
 @jax.jit
@@ -91,23 +96,32 @@ def make_step(
     optimizer: optax.GradientTransformation,
     accumulation: int,
     remat: Remat = "none",
+    part: Part | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The step, compiled for the current mesh: (state, batch, learning rate, top_k=None) -> (state, metrics).
 
     Metrics are "loss" and "grad_norm". The loss is the mean over the whole batch's tokens in nats, whatever
     `accumulation` (the parts that a batch is cut into to save memory) and `remat` (what blocks save for their
-    gradient). The state that is passed in is given up to the new one.
+    gradient). The state that is passed in is given up to the new one. With `part` the others are frozen: they
+    have neither gradients nor an optimizer's state, and nothing below the lowest that is trained is gone back
+    through.
     """
+
+    def whole(parameters: Parameters, trained: Parameters) -> Parameters:
+        return trained if part is None else from_names(by_name(parameters) | by_name(trained))
 
     def step(state: TrainState, batch: Batch, rate: jax.Array, top_k: jax.Array | None = None):
         tokens = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
 
+        trained = state.parameters if part is None else part(state.parameters)
+
         @jax.value_and_grad
-        def value_and_grad(parameters: Parameters, part: Batch) -> jax.Array:
-            return jnp.sum(token_losses(merge_model(graph, parameters), part, top_k, remat=remat)) / tokens
+        def value_and_grad(trained: Parameters, rows: Batch) -> jax.Array:
+            model = merge_model(graph, whole(state.parameters, trained))
+            return jnp.sum(token_losses(model, rows, top_k, remat=remat)) / tokens
 
         if accumulation == 1:
-            loss, gradients = value_and_grad(state.parameters, batch)
+            loss, gradients = value_and_grad(trained, batch)
         else:
             # Every device's rows go to all parts.
             parts = jax.tree.map(
@@ -115,16 +129,17 @@ def make_step(
             )
             parts = jax.tree.map(lambda x: constrain(x, None, "batch", "tokens"), parts)
 
-            def accumulate(total, part):
-                return jax.tree.map(jnp.add, total, value_and_grad(state.parameters, part)), None
+            def accumulate(total, rows):
+                return jax.tree.map(jnp.add, total, value_and_grad(trained, rows)), None
 
-            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
+            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
             (loss, gradients), _ = jax.lax.scan(accumulate, zeros, parts)
         gradients = constrain_tree(gradients)
         # Adam's bias correction raises a float to an integer power.
         with jax.numpy_dtype_promotion("standard"):
-            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
-        parameters = jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates)
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
+        moved = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
+        parameters = whole(state.parameters, moved)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
         # Laid out as it came, so that it can take the old one's place.
         return constrain_tree(TrainState(parameters, optimizer_state, state.step + 1)), metrics

@@ -1,8 +1,9 @@
 """The parameters of a checkpoint beside those of a model: what is missing, extra, reshaped."""
 
-import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from mc_jax.training.patterns import matching
 
 type Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of parameters by name, "blocks_0.mixer.query.kernel"."""
@@ -74,26 +75,6 @@ def compare(there: Shapes, here: Shapes, *, new: Sequence[str], drop: Sequence[s
     ]
     taken = [name for name in here if name not in drawn and left.get(name) == here[name]]
     return Fit(tuple(taken), tuple(sorted(drawn)), tuple(sorted(dropped)), tuple(unsettled))
-
-
-def matching(names: Iterable[str], patterns: Sequence[str], option: str, nothing: str) -> set[str]:
-    """The names that one of some patterns matches.
-
-    A pattern, with `*`, `?` and `[...]` as in a shell, is for a whole name or for some of its parts between
-    dots: "router_query", "mixer.router_*" and "blocks_0" are all for "blocks_0.mixer.router_query.kernel".
-
-    Raises:
-      ValueError: a pattern matches none; the message begins with the option, and says `nothing`.
-    """
-    names, found = sorted(names), set()
-    for pattern in patterns:
-        forms = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
-        matched = {name for name in names if any(fnmatch.fnmatchcase(name, form) for form in forms)}
-        if not matched:
-            shown = f"; there are {', '.join(names)}" if len(names) < 5 and names else ""
-            raise ValueError(f"{option} {pattern} matches {nothing}{shown}")
-        found |= matched
-    return found
 
 
 def table(unsettled: Sequence[Difference]) -> str:

@@ -22,6 +22,7 @@ from mc_jax.training.initial.provenance import Provenance, asked_for
 from mc_jax.training.initial.source import Init, Source, find_source
 from mc_jax.training.initial.trees import CURES, Difference, compare, table
 from mc_jax.training.optimizer import make_optimizer
+from mc_jax.training.patterns import trained_part
 from mc_jax.training.run import CONFIG_FILE, drawing
 from mc_jax.training.seal import must_fit, seal_of_settings
 from mc_jax.training.step import TrainState, all_finite, by_name, from_names, init_state
@@ -125,13 +126,13 @@ def initial_state(provenance: Provenance, config: Config, dataset: Dataset) -> T
     rows = None
     if provenance.rows_kept is not None:
         rows = _rows(dataset.tokenizer, source.tokenizer())
-    optimizer = make_optimizer(config.training)
+    optimizer, part = make_optimizer(config.training), trained_part(config.training)
 
     def begin(loaded) -> TrainState:
         parameters = by_name(draw().parameters)
         for name, values in by_name(loaded["parameters"]).items():
             parameters[name] = _with_rows(name, values, parameters[name], rows)
-        state = init_state(from_names(parameters), optimizer)
+        state = init_state(from_names(parameters), optimizer, part)
         return state._replace(optimizer=loaded.get("optimizer", state.optimizer))
 
     return jax.jit(begin, out_shardings=shardings(wanted))(loaded)
@@ -173,10 +174,12 @@ def _with_rows(name: str, there: jax.Array, drawn: jax.Array, rows: np.ndarray |
 
 def _must_be_the_same_state(init: Init, config: Config, source: Source, is_changed: bool) -> None:
     """See that the optimizer's state is of the very parameters that are trained."""
-    there, here = source.config.training.optimizer, config.training.optimizer
-    if is_changed or there != here:
-        why = f"training.optimizer is {there!r} there and {here!r} here"
-        why = "parameters or the vocabulary differ" if is_changed else why
+    why = "parameters or the vocabulary differ" if is_changed else ""
+    for name in ("optimizer", "train", "freeze"):
+        there, here = getattr(source.config.training, name), getattr(config.training, name)
+        if there != here:
+            why = why or f"training.{name} is {there!r} there and {here!r} here"
+    if why:
         raise ValueError(
             f"--init-state full takes the optimizer's state of {init.path}, which does not fit: {why}; "
             "leave --init-state out"
