@@ -41,6 +41,7 @@ APPENDED: dict[str, list[str] | None] = {
     "scripts/gpu_check": ["--help"],
     "mc-jax train": ["--help"],
     "mc-jax train quickstart --name mine": TINY,
+    "mc-jax train quickstart --name mine --init": ["--help"],
     "mc-jax eval": ["--help"],
     "mc-jax eval runs/quickstart": [],
     "mc-jax eval runs/quickstart runs/residual": ["--help"],
@@ -60,13 +61,17 @@ APPENDED: dict[str, list[str] | None] = {
     "mc-jax eval runs/quickstart --inspect-router letter.txt": ["--help"],
     "mc-jax generate": ["--tokens", "4"],
     "mc-jax generate gs:": ["--help"],
+    "mc-jax generate runs/docstrings": ["--help"],
     "mc-jax prepare": ["--vocab-size", "270"],
+    "mc-jax prepare my-text/*.txt --output my-corpus --tokenizer": ["--help"],
+    "mc-jax prepare docstrings.jsonl": [],
     "mc-jax compare": ["--help"],
     "mc-jax compare runs/quickstart runs/mine": [],
     "mc-jax plan": ["--help"],
     "mc-jax checkpoints": ["--help"],
     "mc-jax selftest": ["--help"],
     "python -m": ["--help"],
+    "python -m experiments.docstrings": [],
 }
 FOREIGN = ("docker", "gcloud", "sbatch", "sky", "tensorboard", "xpk")
 pytestmark = pytest.mark.xdist_group("fresh clone")  # one worker: they share it
