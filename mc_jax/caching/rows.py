@@ -124,7 +124,8 @@ def forward_from(
       bad: as there.
 
     Raises:
-      ValueError: tokens that are not whole segments.
+      ValueError: tokens that are not whole segments, or a cache whose tokens did not end one. In compiled
+        code, which cannot raise, the reads of such a row are NaN.
     """
     settings, length = cache.settings, q.shape[1]
     if length % settings.segment_length:
@@ -132,6 +133,13 @@ def forward_from(
             f"{length} tokens are not whole segments of {settings.segment_length}; pad them, and go on from "
             "the cache no more"
         )
+    begun = cache.length % settings.segment_length != 0
+    if not isinstance(begun, jax.core.Tracer) and jnp.any(begun):
+        raise ValueError(
+            f"rows {[int(row) for row in jnp.flatnonzero(begun)]} of the cache have begun a segment of "
+            f"{settings.segment_length} tokens; decode to its end one by one, and go on from there"
+        )
+    k = spoilt(k, begun[:, None, None])
     found = _read(
         q,
         k,

@@ -21,6 +21,7 @@ from mc_jax.nn.remat import rematerialize
 from mc_jax.parallel import constrain
 from mc_jax.parallel.parameters import gather_layer
 from pallas_kernels._finite import spoilt
+from pallas_kernels._state import state_dtype
 
 
 class LanguageModel(nnx.Module):
@@ -31,7 +32,7 @@ class LanguageModel(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
-        """Draw the weights, float32; `dtype` is that of activations, logits are float32."""
+        """Draw the weights, float32; `dtype` is that of activations, logits are float32 or wider."""
         self.config = config
         self.dtype = dtype
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab_size, config.model_dim)))
@@ -47,7 +48,7 @@ class LanguageModel(nnx.Module):
         document_ids: jax.Array | None = None,
         top_k: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [B, T, vocabulary], float32, of the token after each of tokens [B, T], int32.
+        """Logits [B, T, vocabulary], float32 or wider, of the token after each of tokens [B, T], int32.
 
         Args:
           tokens: [B, T], int32. From one outside the vocabulary on, its document's logits are NaN.
@@ -59,7 +60,7 @@ class LanguageModel(nnx.Module):
         """
         x = self.features(tokens, document_ids, top_k)
         logits = jnp.einsum("btd,vd->btv", x, self.output_map.astype(self.dtype))
-        return constrain(logits.astype(jnp.float32), "batch", "tokens")
+        return constrain(logits.astype(state_dtype(logits)), "batch", "tokens")
 
     def features(
         self,
@@ -171,7 +172,8 @@ class LanguageModel(nnx.Module):
 
         Args:
           tokens: [B, T], int32: whole segments, in all rows as many.
-          caches: of `begin` or `extend`.
+          caches: of any method, after whole segments; rows may differ in how many. A row that has begun
+            one is NaN from here on.
         """
         x, caches = self._scan(lambda block, x, cache: block.extend(x, cache), self._embed(tokens), caches)
         return self.norm(x), caches
@@ -229,7 +231,7 @@ class LanguageModel(nnx.Module):
     def _logits(self, x: jax.Array) -> jax.Array:
         """Logits of features x before the last norm [B, D], in decoding."""
         logits = jnp.einsum("bd,vd->bv", self.norm(x), self.output_map.astype(self.dtype))
-        return logits.astype(jnp.float32)
+        return logits.astype(state_dtype(logits))
 
 
 def _stacked_blocks(config: ModelConfig, kind: LayerKind, dtype: Dtype, key: jax.Array) -> Block:

@@ -117,11 +117,12 @@ class MemoryCaching(nnx.Module):
         # Momentum 1/2 doubles what a token writes, so the whole chunk's step starts at 1.
         takes_gradients = mlp or settings.memory == "titans"
         first_step = 0.5 / settings.chunk_length if takes_gradients else 0.5
+        wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
         def fraction(name: str, start: float = 0.5) -> _Fraction | None:
-            return _Fraction(model_dim, num_heads, start, rngs) if name in names else None
+            return _Fraction(model_dim, num_heads, start, wide, rngs) if name in names else None
 
-        self.retention = _Retention(model_dim, num_heads, rngs) if "retention" in names else None
+        self.retention = _Retention(model_dim, num_heads, wide, rngs) if "retention" in names else None
         self.step_size = fraction("step", first_step)
         self.momentum = fraction("momentum")
         self.previous_step = fraction("previous_step")
@@ -281,9 +282,9 @@ class MemoryCaching(nnx.Module):
 
 
 class _Retention(nnx.Module):
-    """a = exp(-exp(rate) softplus(W x + bias)), in float32: the parametrisation of Gated DeltaNet."""
+    """a = exp(-exp(rate) softplus(W x + bias)), in `wide`: the parametrisation of Gated DeltaNet."""
 
-    def __init__(self, model_dim: int, num_heads: int, rngs: nnx.Rngs):
+    def __init__(self, model_dim: int, num_heads: int, wide: Dtype, rngs: nnx.Rngs):
         # Rates of 1 to 16 times steps of 0.001 to 0.1: memories of about one to a thousand tokens.
         self.log_rate = nnx.Param(
             jnp.log(jax.random.uniform(rngs.params(), (num_heads,), minval=1.0, maxval=16.0))
@@ -291,20 +292,20 @@ class _Retention(nnx.Module):
         step = jnp.exp(
             jax.random.uniform(rngs.params(), (num_heads,), minval=jnp.log(0.001), maxval=jnp.log(0.1))
         )
-        self.map = nnx.Linear(model_dim, num_heads, dtype=jnp.float32, rngs=rngs)
+        self.map = nnx.Linear(model_dim, num_heads, dtype=wide, rngs=rngs)
         self.map.bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # softplus of it is `step`
 
     def __call__(self, x: jax.Array) -> jax.Array:
         steps = nnx.softplus(self.map(x))
-        rate = jnp.exp(self.log_rate[...])
+        rate = jnp.exp(self.log_rate[...].astype(steps.dtype))
         return jnp.exp(-rate.reshape((1,) * (steps.ndim - 1) + (-1,)) * steps)
 
 
 class _Fraction(nnx.Module):
-    """sigmoid(W x + bias), in float32; the bias alone gives `start`."""
+    """sigmoid(W x + bias), in `wide`; the bias alone gives `start`."""
 
-    def __init__(self, model_dim: int, num_heads: int, start: float, rngs: nnx.Rngs):
-        self.map = nnx.Linear(model_dim, num_heads, dtype=jnp.float32, rngs=rngs)
+    def __init__(self, model_dim: int, num_heads: int, start: float, wide: Dtype, rngs: nnx.Rngs):
+        self.map = nnx.Linear(model_dim, num_heads, dtype=wide, rngs=rngs)
         self.map.bias = nnx.Param(jnp.full((num_heads,), math.log(start / (1 - start)), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,8 +1,10 @@
-"""RMS normalisation, computed in float32 whatever the activations' dtype."""
+"""RMS normalisation, computed in float32, or float64 if the activations are."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from pallas_kernels._state import state_dtype
 
 
 class RMSNorm(nnx.Module):
@@ -13,7 +15,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise x [..., dim]; the result has its dtype."""
-        wide = x.astype(jnp.float32)
+        wide = x.astype(state_dtype(x))
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        scale = self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return (wide * inverse * scale).astype(x.dtype)

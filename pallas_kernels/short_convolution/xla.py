@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._state import state_dtype
+
 
 def short_convolution(
     x: jax.Array, taps: jax.Array, *, heads: int, normalize: bool, document_ids: jax.Array | None
@@ -28,5 +30,6 @@ def convolve(x: jax.Array, taps: jax.Array, document_ids: jax.Array | None) -> j
 
 def unit_length(x: jax.Array) -> jax.Array:
     """Return x / sqrt(|x|^2 + 1e-6) along the last axis, in x's dtype: a finite gradient at 0."""
-    square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return (x.astype(jnp.float32) * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)
+    wide = x.astype(state_dtype(x))
+    square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)
