@@ -119,22 +119,6 @@ def test_later_tokens_change_nothing_before_them(memory, mlp, aggregation, route
         assert np.any(second[:, place + 1 :] != first[:, place + 1 :])
 
 
-def test_packed_documents_are_each_as_if_alone():
-    found = arguments("delta", False, "gated", length=32)
-    ids = (jnp.arange(32) >= 16).astype(jnp.int32)[None].repeat(2, axis=0)
-    whole = read("delta", "gated", found={**found, "document_ids": ids})
-    for start, end in ((0, 16), (16, 32)):
-        part = {
-            name: value if name == "initial_state" else value[:, start:end] for name, value in found.items()
-        }
-        assert_same(whole[:, start:end], read("delta", "gated", found=part))
-    # Not at a segment's start: no document sees what another one says.
-    ids = (jnp.arange(32) >= 12).astype(jnp.int32)[None].repeat(2, axis=0)
-    first = read("delta", "gated", found={**found, "document_ids": ids})
-    changed = {**found, "v": found["v"].at[:, :12].multiply(-2.0), "document_ids": ids}
-    np.testing.assert_array_equal(read("delta", "gated", found=changed)[:, 12:], first[:, 12:])
-
-
 @pytest.mark.parametrize(
     ("memory", "mlp"), [("linear", False), ("delta", False), ("titans", False), ("dla", True)]
 )
