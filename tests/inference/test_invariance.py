@@ -55,8 +55,9 @@ FORMS = {
     "no convolution, untied": config_of("linear", "residual", convolution_width=1, tie_embeddings=False),
     "plain branch": config_of("dla", "gated", memory_depth=2, memory_branch="plain"),
 }
+SCALED = ("delta, sparse", "dla, residual")
 CASES = {
-    name: dataclasses.replace(config, num_layers=2)
+    name: dataclasses.replace(config, num_layers=2, cache_scale="learned" if name in SCALED else None)
     for name, config in {
         **{
             name: ALL[name]
