@@ -97,19 +97,32 @@ def load_study(name: str) -> tuple[str, Study]:
 
 def trainings_of(study: Study, seeds: Sequence[int], folder: Path) -> list[Training]:
     """All trainings of a study, in the order in which they are begun: a seed of each variant first."""
-    return [
-        Training(
-            variant=variant,
-            seed=seed,
-            folder=folder / f"{variant}-{seed}",
-            words=(
-                *("mc-jax", "train", study.recipe, "--runs-dir", str(folder), "--name", f"{variant}-{seed}"),
-                *("--training.seed", str(seed), *study.common, *options),
-            ),
-        )
-        for seed in seeds
-        for variant, options in study.variants.items()
-    ]
+    found = []
+    for seed in seeds:
+        for variant, options in study.variants.items():
+            base = study.begins_with.get(variant)
+            needs = None if base is None else folder / f"{base}-{seed}"
+            words = [
+                "mc-jax",
+                "train",
+                study.recipe,
+                "--runs-dir",
+                str(folder),
+                "--name",
+                f"{variant}-{seed}",
+            ]
+            words += [] if needs is None else ["--init", str(needs)]
+            words += ["--training.seed", str(seed), *study.common, *options]
+            found.append(
+                Training(
+                    variant=variant,
+                    seed=seed,
+                    folder=folder / f"{variant}-{seed}",
+                    words=tuple(words),
+                    needs=needs,
+                )
+            )
+    return found
 
 
 def run_study(
@@ -132,8 +145,13 @@ def run_study(
     failed: list[Training] = []
     pending = list(trainings)
     while pending:
-        busy = []
+        busy: list[Training] = []
         for one in pending:
+            if not one.is_possible:
+                # Another process may be training what it needs; what has failed is waited for no more.
+                waits = any(other.folder == one.needs for other in busy)
+                (busy if waits else failed).append(one)
+                continue
             with claimed(folder / f"{one.folder.name}.claim") as is_ours:
                 if not is_ours:
                     busy.append(one)

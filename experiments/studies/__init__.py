@@ -18,6 +18,8 @@ class Study:
     """What `mc-jax train` is given first."""
     variants: Mapping[str, tuple[str, ...]]
     """Its options, by the variants' names; the first variant is what the others are compared with."""
+    begins_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The variant whose weights another one takes, those of the same seed: --init is added for it."""
     common: tuple[str, ...] = ()
     """Options of all variants."""
     sweep: tuple[str, ...] = ()
@@ -36,6 +38,13 @@ class Training:
     """The run's folder."""
     words: tuple[str, ...]
     """The command."""
+    needs: Path | None = None
+    """The run's folder whose weights it takes; None: it draws its own."""
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the weights that it takes, if any, are those of a training that has ended."""
+        return self.needs is None or (self.needs / RESULT_FILE).exists()
 
     @property
     def is_done(self) -> bool:

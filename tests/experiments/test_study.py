@@ -96,6 +96,29 @@ def test_a_training_that_fails_does_not_stop_the_others_and_is_tried_again(tmp_p
     assert [words[1] for words in commands.words] == ["train", "sweep"]
 
 
+def test_a_variant_begins_with_the_weights_of_another_of_its_seed_once_that_has_ended(
+    tmp_path, commands, capsys
+):
+    study = Study(
+        recipe="quickstart",
+        variants={"none": (), "gated": ("--training.steps", "2")},
+        begins_with={"gated": "none"},
+        sweep=STUDY.sweep,
+    )
+    trainings = trainings_of(study, (0, 1), tmp_path)
+    assert f"--init {tmp_path / 'none-1'}" in shlex.join(trainings[3].words)
+    assert "--init" not in trainings[2].words
+    commands.fails = {"none-1"}
+    assert run_study(study, trainings, tmp_path, command="", call=commands) == 2
+    trained = [words[words.index("--name") + 1] for words in commands.words if words[1] == "train"]
+    assert trained == ["none-0", "gated-0", "none-1"], "what needs a run that failed is not tried"
+    told = capsys.readouterr().err
+    assert "none with seed 1 has no result" in told
+    assert "gated with seed 1 has no result" in told
+    commands.fails = set()
+    assert run_study(study, trainings, tmp_path, command="", call=commands) == 0
+
+
 def test_a_run_of_another_command_is_no_part_of_a_study(tmp_path, commands):
     run(tmp_path, commands, seeds=(0,))
     other = Study(recipe="quickstart", variants=STUDY.variants, common=("--training.steps", "5"))
