@@ -1,5 +1,6 @@
 """Strictness for every test: no silent dtype or rank promotion, and several devices on the CPU."""
 
+import itertools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,6 +25,29 @@ def compiled_programs(tmp_path_factory):
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+_MOST_MAPPINGS = 30_000
+"""Mappings of memory with which a process forgets its programs. Linux gives it 65,530, XLA takes four a
+program, and where there are none left it dies of a segmentation fault."""
+_TESTS_BETWEEN_LOOKS = 4
+_tests_begun = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Forget compiled programs before there are more than a process may have."""
+    if next(_tests_begun) % _TESTS_BETWEEN_LOOKS == 0 and _mappings() > _MOST_MAPPINGS:
+        jax.clear_caches()
+
+
+def _mappings() -> int:
+    """How many this process has; 0 where there is no telling."""
+    try:
+        with open("/proc/self/maps", "rb") as lines:
+            return sum(1 for _ in lines)
+    except OSError:
+        return 0
 
 
 @pytest.fixture
