@@ -98,7 +98,7 @@ def _print(found: "InspectedText") -> None:
         f"{found.name}: {len(inspection.tokens):,} tokens in segments of {inspection.segment_length:,}; "
         "shares are means over heads and positions"
     )
-    print_turned(found.run, found.turned)
+    print_turned(found.origin.run, found.origin.turned)
 
 
 def _print_needle(console, layers: tuple[int, ...], needle: "NeedleReading") -> None:

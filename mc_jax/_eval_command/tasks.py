@@ -61,12 +61,12 @@ def _print(found: Sequence["Recalled"]) -> None:
     # Wide where nobody's terminal says how wide, so that a name is not broken up.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for results in zip(*(one.tasks for one in found), strict=True):
-        console.print(_table([one.run for one in found], results))
+        console.print(_table([one.origin.run for one in found], results))
         for one, result in zip(found, results, strict=True):
             if any(cell.depth is not None for cell in result.cells):
-                console.print(_by_depth(one.run, result))
+                console.print(_by_depth(one.origin.run, result))
     for one in found:
-        print_turned(one.run, one.turned)
+        print_turned(one.origin.run, one.origin.turned)
 
 
 def _table(runs: Sequence[str], results: Sequence["TaskResult"]) -> "Table":

@@ -96,7 +96,7 @@ def _print(results: Sequence["Measurement"], differences: Sequence[Mapping[str, 
     from rich.table import Table
 
     console = Console()
-    table = Table(title, *(result.run for result in results))
+    table = Table(title, *(result.origin.run for result in results))
     figures = [result.figures() for result in results]
     for name in figures[0]:
         if not name.endswith(STANDARD_ERROR):
@@ -110,17 +110,19 @@ def _print(results: Sequence["Measurement"], differences: Sequence[Mapping[str, 
     console.print(table)
     for result in results:
         if result.edges:
-            by_position = Table("position", "tokens", "loss", "bits per byte", title=result.run)
+            by_position = Table("position", "tokens", "loss", "bits per byte", title=result.origin.run)
             for bucket in result.buckets():
                 span = f"{bucket['from']:,} to {bucket['to']:,}"
                 cells = (shown(bucket, name) for name in ("tokens", "loss", "bits_per_byte"))
                 by_position.add_row(span, *cells)
             console.print(by_position)
     hows = {
-        result.run: "".join(f", {name.replace('_', ' ')} {value}" for name, value in result.settings.items())
+        result.origin.run: "".join(
+            f", {name.replace('_', ' ')} {value}" for name, value in result.settings.items()
+        )
         for result in results
     }
     for how in dict.fromkeys(hows.values()):
         print(f"mode {results[0].mode}{how}; ± is a standard error over {results[0].sums.over}")
     for result in results:
-        print_turned(result.run, result.turned)
+        print_turned(result.origin.run, result.origin.turned)

@@ -10,10 +10,9 @@ from mc_jax.data.dataset import Dataset
 from mc_jax.data.store import TokenStore
 from mc_jax.data.targets import TargetCounts, target_counts
 from mc_jax.data.tokenizer import Tokenizer
-from mc_jax.evaluation.dial import turned_settings
 from mc_jax.evaluation.measurement import Measurement
 from mc_jax.evaluation.modes import Mode
-from mc_jax.evaluation.result import checkpoint_hash
+from mc_jax.evaluation.origin import origin_of
 from mc_jax.evaluation.sums import Sums, units_of
 from mc_jax.nn import LanguageModel
 from mc_jax.training.run import Run
@@ -42,16 +41,9 @@ def measure(run: Run, store: TokenStore, mode: Mode) -> Measurement:
     sums = add_up(run.model, store, tokenizer, mode, batch_size=run.config.evaluation.batch_size)
     seconds = time.perf_counter() - started
     return Measurement(
-        run=str(run.folder),
-        step=run.step,
+        origin=origin_of(run, text=store.content_hash()),
         mode=mode.name,
         settings=mode.settings(),
-        turned=turned_settings(run),
-        hashes={
-            "tokenizer": tokenizer.fingerprint,
-            "text": store.content_hash(),
-            "checkpoint": checkpoint_hash(run),
-        },
         sums=sums,
         edges=mode.edges,
         cache_bytes=mode.cache_bytes(run.model, store),

@@ -1,13 +1,10 @@
 """A text of the user's, read by a run's router: what was asked and what was found."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-from mc_jax.evaluation.dial import turned_settings
-from mc_jax.evaluation.measurement import turned_json
 from mc_jax.evaluation.needle import Span
-from mc_jax.evaluation.result import checkpoint_hash
+from mc_jax.evaluation.origin import Origin, origin_of
 from mc_jax.evaluation.router import Inspection, inspect_router
 from mc_jax.evaluation.tasks.sample import sha256
 from mc_jax.training.run import Run
@@ -17,14 +14,8 @@ from mc_jax.training.run import Run
 class InspectedText:
     """What a run's router reads of a text, with all that must be known to find it again."""
 
-    run: str
-    """The run's folder."""
-    step: int
-    """Finished steps of the checkpoint."""
-    turned: Mapping[str, tuple[Any, Any]]
-    """Settings that differ from training: what was trained, what was read with."""
-    hashes: Mapping[str, str | None]
-    """SHA-256 of tokenizer, text and checkpoint."""
+    origin: Origin
+    """The weights, how they read, and the text."""
     name: str
     """What the text is called."""
     text: str
@@ -37,10 +28,7 @@ class InspectedText:
     def to_json(self) -> dict[str, Any]:
         """JSON values, segments numbered from 0; gates are means over heads."""
         return {
-            "run": self.run,
-            "step": self.step,
-            "turned": turned_json(self.turned),
-            "hashes": dict(self.hashes),
+            **self.origin.to_json(),
             "text": self.name,
             "needle_text": self.needle and self.text[self.needle.start : self.needle.stop],
             **self.inspection.to_json(),
@@ -64,14 +52,7 @@ def inspect_text(
     """
     where = None if needle is None else _only_place(needle, text, name)
     return InspectedText(
-        run=str(run.folder),
-        step=run.step,
-        turned=turned_settings(run),
-        hashes={
-            "tokenizer": run.dataset.tokenizer.fingerprint,
-            "text": sha256(text),
-            "checkpoint": checkpoint_hash(run),
-        },
+        origin=origin_of(run, text=sha256(text)),
         name=name,
         text=text,
         needle=where,

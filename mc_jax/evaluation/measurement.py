@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mc_jax.evaluation.origin import Origin
 from mc_jax.evaluation.sums import COUNTED, Estimate, Sums
 
 BEGINNING = (
@@ -20,18 +21,12 @@ BEGINNING = (
 class Measurement:
     """A run's result on a text."""
 
-    run: str
-    """The run's folder."""
-    step: int
-    """Finished steps of the checkpoint."""
+    origin: Origin
+    """The weights, how they were read, and the text."""
     mode: str
     """How the text was read."""
     settings: Mapping[str, Any]
     """The mode's: window, stride."""
-    turned: Mapping[str, tuple[Any, Any]]
-    """Settings of the model and its window that differ from training: what was trained, what was measured."""
-    hashes: Mapping[str, str | None]
-    """SHA-256 of tokenizer, text and checkpoint."""
     sums: Sums
     """What everything else follows from."""
     edges: tuple[int, ...]
@@ -61,16 +56,13 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values, the sums of every unit included: a difference can be made of two."""
         return {
-            "run": self.run,
-            "step": self.step,
+            **self.origin.to_json(),
             "mode": self.mode,
             **self.settings,
             **self.figures(),
             "nats": self.sums.total("nats"),
             "standard_error_over": self.sums.over,
             "beginning": BEGINNING,
-            "turned": turned_json(self.turned),
-            "hashes": dict(self.hashes),
             **({"by_position": list(self.buckets())} if self.edges else {}),
             "units": {
                 "block_length": self.sums.units.block_length,
@@ -79,11 +71,6 @@ class Measurement:
             "cache_bytes": self.cache_bytes,
             "seconds": self.seconds,
         }
-
-
-def turned_json(turned: Mapping[str, tuple[Any, Any]]) -> dict[str, dict[str, Any]]:
-    """Settings that differ from training, as JSON values."""
-    return {name: {"trained": trained, "measured": measured} for name, (trained, measured) in turned.items()}
 
 
 def _flat(figures: Mapping[str, Estimate]) -> dict[str, float]:

@@ -25,16 +25,16 @@ def router_page(found: InspectedText) -> str:
     sections.append(section("Where each token reads", _figure(inspection)))
     sections.append(section("The layers", _layers(inspection)))
     sections.append(section("The text", _text(found)))
-    return page(PurePath(found.run).name, "What its router reads", sections, _STYLE)
+    return page(PurePath(found.origin.run).name, "What its router reads", sections, _STYLE)
 
 
 def _facts(found: InspectedText) -> str:
     inspection = found.inspection
     ended = (len(inspection.tokens) - 1) // inspection.segment_length
-    changed = ", ".join(f"{name} {old} → {new}" for name, (old, new) in found.turned.items())
+    changed = ", ".join(f"{name} {old} → {new}" for name, (old, new) in found.origin.turned.items())
     how = f"read otherwise than it was trained: {changed}" if changed else "read as it was trained"
     return (
-        f"<p>{escape(found.run)}, step {found.step:,}, {escape(how)}.</p>"
+        f"<p>{escape(found.origin.run)}, step {found.origin.step:,}, {escape(how)}.</p>"
         f"<p>{escape(found.name)}: {len(inspection.tokens):,} tokens in segments of "
         f"{inspection.segment_length:,}, {ended:,} of which its last token finds in the cache.</p>"
     )

@@ -77,7 +77,7 @@ def test_a_cell_is_what_the_reference_says_of_its_settings(cell):
         expected = measure(turned, store, mode)
     np.testing.assert_allclose(found.sums.nats, expected.sums.nats, rtol=2e-5)
     for name, value in changes.items():
-        assert found.turned[name][1] == value, "a result says what differs from training"
+        assert found.origin.turned[name][1] == value, "a result says what differs from training"
     assert _SEEN.pop().aggregation == turned.config.model.aggregation, "the reference was not asked"
 
 

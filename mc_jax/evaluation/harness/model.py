@@ -15,15 +15,14 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from mc_jax.data.windows import check_stride
-from mc_jax.evaluation.dial import DIAL, must_have_weights, turn, turned_config, turned_settings
+from mc_jax.evaluation.dial import DIAL, must_have_weights, turn, turned_config
 from mc_jax.evaluation.harness.generation import Decoding, decoding_of, generate_texts
 from mc_jax.evaluation.harness.likelihood import (
     Continuation,
     continuation_likelihoods,
     text_log_likelihoods,
 )
-from mc_jax.evaluation.measurement import turned_json
-from mc_jax.evaluation.result import checkpoint_hash
+from mc_jax.evaluation.origin import origin_of
 from mc_jax.evaluation.tasks.sample import prompt_tokens
 from mc_jax.evaluation.tasks.scoring import Judge
 from mc_jax.training.run import CONFIG_FILE, Run, load_run, read_config
@@ -136,15 +135,9 @@ class HarnessModel(TemplateLM):
         """What lm-eval writes into its results: which weights, read how, and how often a context was cut."""
         return {
             "model": NAME,
-            "run": self.run.folder.name,
-            "step": self.run.step,
-            "hashes": {
-                "checkpoint": checkpoint_hash(self.run),
-                "tokenizer": self._tokenizer.fingerprint,
-            },
+            **origin_of(self.run).to_json(),
             "context_length": self.max_length,
             "stride": self.stride,
-            "turned": turned_json(turned_settings(self.run)),
             "contexts_cut": dict(self._cut),
         }
 

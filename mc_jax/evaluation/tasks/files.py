@@ -31,7 +31,7 @@ def write_results(found: Sequence[Recalled], folder: Path) -> None:
         write_json(partial / RESULTS_FILE, as_json(found))
         write_text(partial / PAGE_FILE, tasks_page(found))
         lines = (
-            json.dumps({"run": one.run, **line}, ensure_ascii=False)
+            json.dumps({"run": one.origin.run, **line}, ensure_ascii=False)
             for one in found
             for result in one.tasks
             for line in result.samples

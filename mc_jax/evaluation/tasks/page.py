@@ -52,7 +52,7 @@ def _rows(run: str, length: int, cells: Sequence[Cell], names: Sequence[str]) ->
 
 def tasks_page(found: Sequence[Recalled]) -> str:
     """HTML that needs nothing else: what was read, and a section for each task."""
-    names = [PurePath(one.run).name for one in found]
+    names = [PurePath(one.origin.run).name for one in found]
     results = zip(*(one.tasks for one in found), strict=True)
     sections = [section(one[0].task, _task(names, one)) for one in results]
     return page(
@@ -63,9 +63,9 @@ def tasks_page(found: Sequence[Recalled]) -> str:
 def _runs(found: Sequence[Recalled]) -> str:
     lines = []
     for one in found:
-        changed = ", ".join(f"{name} {old} → {new}" for name, (old, new) in one.turned.items())
+        changed = ", ".join(f"{name} {old} → {new}" for name, (old, new) in one.origin.turned.items())
         how = f"read otherwise than it was trained: {changed}" if changed else "read as it was trained"
-        lines.append(f"<p>{escape(one.run)}, step {one.step:,}, {escape(how)}.</p>")
+        lines.append(f"<p>{escape(one.origin.run)}, step {one.origin.step:,}, {escape(how)}.</p>")
     return "".join(lines)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mc_jax.evaluation.measurement import turned_json
+from mc_jax.evaluation.origin import Origin
 from mc_jax.evaluation.recall import RecallSettings
 
 
@@ -77,26 +77,14 @@ class TaskResult:
 class Recalled:
     """What a run's model is worth in tasks."""
 
-    run: str
-    """The run's folder."""
-    step: int
-    """Finished steps of the checkpoint."""
-    turned: Mapping[str, tuple[Any, Any]]
-    """Settings that differ from training: what was trained, what was read with."""
-    hashes: Mapping[str, str | None]
-    """SHA-256 of checkpoint and tokenizer."""
+    origin: Origin
+    """The weights, and how they were asked."""
     tasks: tuple[TaskResult, ...]
     """One result a task, in the order in which they were asked."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, without the samples."""
-        return {
-            "run": self.run,
-            "step": self.step,
-            "turned": turned_json(self.turned),
-            "hashes": dict(self.hashes),
-            "tasks": [one.to_json() for one in self.tasks],
-        }
+        return {**self.origin.to_json(), "tasks": [one.to_json() for one in self.tasks]}
 
 
 def cells_of(lines: Sequence[Mapping[str, Any]]) -> tuple[Cell, ...]:

@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mc_jax.evaluation.dial import turned_settings
+from mc_jax.evaluation.origin import origin_of
 from mc_jax.evaluation.recall import RecallSettings
-from mc_jax.evaluation.result import checkpoint_hash
 from mc_jax.evaluation.tasks import TASKS
 from mc_jax.evaluation.tasks.results import Recalled, TaskResult, cells_of
 from mc_jax.evaluation.tasks.sample import (
@@ -21,7 +20,6 @@ from mc_jax.evaluation.tasks.sample import (
 )
 from mc_jax.evaluation.tasks.scoring import Judge, generations, likelihoods, recalls, router_hits
 from mc_jax.training.run import Run
-from mc_jax.training.seal import make_seal
 
 _SILENT: Callable[[str], None] = lambda _: None  # noqa: E731
 
@@ -41,13 +39,7 @@ def recall(
       ValueError: as `run_task`.
     """
     return Recalled(
-        run=str(run.folder),
-        step=run.step,
-        turned=turned_settings(run),
-        hashes={
-            "checkpoint": checkpoint_hash(run),
-            "tokenizer": make_seal(run.config, run.dataset)["tokenizer"],
-        },
+        origin=origin_of(run),
         tasks=tuple(run_task(run, name, settings, told=told) for name in names),
     )
 
