@@ -69,13 +69,17 @@ def train(arguments: Sequence[str]) -> None:
             f"which recipe? write mc-jax train RECIPE ...; known are {', '.join(known_recipes())}"
         )
     name, description, config = load_recipe(arguments[0])
-    chosen = parse(
-        TrainArguments,
-        arguments[1:],
-        program=f"mc-jax train {arguments[0]}",
-        description=description,
-        default=TrainArguments(config=config),
-    )
+
+    def read(defaults: Config) -> TrainArguments:
+        return parse(
+            TrainArguments,
+            arguments[1:],
+            program=f"mc-jax train {arguments[0]}",
+            description=description,
+            default=TrainArguments(config=defaults),
+        )
+
+    chosen = read(config)
     name = name if chosen.name is None else chosen.name
     if Path(name).name != name or name in ("", ".."):
         raise UsageError(f"--name {name!r} is no folder's name; the folder above it is --runs-dir")
@@ -84,14 +88,7 @@ def train(arguments: Sequence[str]) -> None:
             if getattr(chosen, option) != getattr(TrainArguments, option, ()):
                 raise UsageError(f"--{option.replace('_', '-')} has no effect without --init; leave it out")
     else:
-        config = _config_for(chosen, config, name)
-        chosen = parse(
-            TrainArguments,
-            arguments[1:],
-            program=f"mc-jax train {arguments[0]}",
-            description=description,
-            default=TrainArguments(config=config),
-        )
+        chosen = read(_config_for(chosen, config, name))
     validate(chosen.config)
 
     signals = current()

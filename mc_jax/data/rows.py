@@ -71,7 +71,7 @@ class Rows:
         return example
 
     def _starts(self, pairs: np.ndarray) -> np.ndarray:
-        """Where documents start that are kept whole, int64 [P]."""
+        """The starts of documents that are kept whole, int64 [P]."""
         starts, end = np.empty(len(pairs), np.int64), 0
         for document, length in enumerate(pairs.tolist()):
             starts[document] = self._place(end, length)
@@ -79,13 +79,13 @@ class Rows:
         return starts
 
     def _place(self, end: int, pairs: int) -> int:
-        """Where a document starts after the one before: in the next row if this one has no room."""
+        """The start of a document after the one before: in the next row if this one has no room."""
         room = -end % self._length
         return end if pairs <= (room or self._length) else end + room
 
 
 def _ends(pairs: np.ndarray, align: int) -> np.ndarray:
-    """Where documents start that follow each other wherever rows are cut, int64 [P]."""
+    """The starts of documents that follow each other wherever rows are cut, int64 [P]."""
     return np.concatenate([[0], np.cumsum(-(-pairs[:-1] // align) * align)])
 
 

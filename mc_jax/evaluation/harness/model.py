@@ -64,7 +64,7 @@ class HarnessModel(TemplateLM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict[str, Any] | None = None
     ) -> "HarnessModel":
-        """As `create_from_arg_obj`, from "run=runs/quickstart,aggregation=sparse,top_k=1"."""
+        """What `create_from_arg_obj` gives, from "run=runs/quickstart,aggregation=sparse,top_k=1"."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
@@ -194,7 +194,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As lm-eval's, but both sides are tokenized apart where a token would reach over the boundary."""
+        """What lm-eval's gives, but both sides tokenized apart where a token would cross the boundary."""
         context_ids, ids = super()._encode_pair(context, continuation)
         whole = context + continuation
         if int(self._tokenizer.bytes_of(itertools.chain(context_ids, ids)).sum()) == len(whole.encode()):

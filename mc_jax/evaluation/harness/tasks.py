@@ -175,7 +175,7 @@ def without_samples(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(values: Any) -> Any:
-    """As JSON has it; of functions and the like, what they print."""
+    """A value as JSON has it; a function or the like as it prints."""
     from lm_eval.utils import handle_non_serializable
 
     return json.loads(json.dumps(values, default=handle_non_serializable))
