@@ -100,7 +100,7 @@ def test_questions_of_a_local_file_are_asked_and_written_with_hashes(folder, que
     written = json.loads((folder / "found" / "results.json").read_text())
     assert written["results"]["questions"]["acc,none"] in (0.0, 0.5, 1.0)
     assert written["config"]["hashes"]["tokenizer"] == run.dataset.tokenizer.fingerprint
-    assert written["config"]["run"] == run.folder.name
+    assert written["config"]["run"] == str(run.folder)
     samples = [
         json.loads(line) for line in (folder / "found" / "samples_questions.jsonl").read_text().splitlines()
     ]
