@@ -5,11 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.config import Config, ConfigError, ModelConfig, differences, document_alignment, validate
-from mc_jax.training.run import Run, drawing
+from mc_jax.training.run import Run, model_shapes
 from mc_jax.training.step import Parameters, merge_model, split_model
 
 DIAL = (
@@ -35,8 +33,7 @@ def turn(run: Run, changes: Mapping[str, Any]) -> Run:
       ValueError: as `turned_config`; or the settings need weights that the run has not.
     """
     config = turned_config(run.config, changes)
-    graph, draw = drawing(config, run.dataset.tokenizer.vocab_size)
-    wanted = jax.eval_shape(draw).parameters
+    graph, wanted = model_shapes(config, run.dataset.tokenizer.vocab_size)
     there = split_model(run.model)[1]
     missing = _missing(wanted, there)
     if missing:
@@ -113,7 +110,7 @@ def must_have_weights(folder: str, trained: Config, changes: Mapping[str, Any]) 
 
 
 def _shapes(config: Config) -> Parameters:
-    return jax.eval_shape(drawing(config, vocab_size=2)[1]).parameters  # of any vocabulary, as all have one
+    return model_shapes(config, vocab_size=2)[1]  # of any vocabulary, as all have one
 
 
 def _needs_weights(folder: str, config: Config, missing: list[str], changes: Mapping[str, Any]) -> ValueError:

@@ -19,7 +19,7 @@ from mc_jax.training.checkpoint import load_newest, load_step, must_be_finite
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.patterns import trained_part
 from mc_jax.training.seal import make_seal, must_fit, newest_seal
-from mc_jax.training.step import TrainState, init_state, merge_model, split_model
+from mc_jax.training.step import Parameters, TrainState, init_state, merge_model, split_model
 from pallas_kernels._platform import platform
 
 CONFIG_FILE = "config.json"
@@ -81,14 +81,23 @@ def abstract_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Train
 
 def drawing(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
     """The model's static part, and the function that draws the training state before the first step."""
-
-    def build():
-        rngs = nnx.Rngs(params=config.training.seed)
-        return LanguageModel(config.model, vocab_size, dtype=activation_dtype(config), rngs=rngs)
-
+    build = _building(config, vocab_size)
     optimizer, part = make_optimizer(config.training), trained_part(config.training)
     graph = nnx.graphdef(nnx.eval_shape(build))
     return graph, lambda: init_state(split_model(build())[1], optimizer, part)
+
+
+def model_shapes(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Parameters]:
+    """The model's static part, and the shapes of its parameters, whichever of them training is of."""
+    return split_model(nnx.eval_shape(_building(config, vocab_size)))
+
+
+def _building(config: Config, vocab_size: int) -> Callable[[], LanguageModel]:
+    def build() -> LanguageModel:
+        rngs = nnx.Rngs(params=config.training.seed)
+        return LanguageModel(config.model, vocab_size, dtype=activation_dtype(config), rngs=rngs)
+
+    return build
 
 
 def read_config(run_dir: epath.Path) -> Config:

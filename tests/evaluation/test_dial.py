@@ -11,10 +11,12 @@ from reference.mc_reference import memory_caching_reference
 from untrained import run_of
 
 import mc_jax.nn.mixer
-from mc_jax.config import differences
+from mc_jax.config import TrainingConfig, differences
 from mc_jax.evaluation.core import held_out_text, measure
-from mc_jax.evaluation.dial import DIAL, turn, turned_config
+from mc_jax.evaluation.dial import DIAL, must_have_weights, turn, turned_config
 from mc_jax.evaluation.modes import Windows
+from mc_jax.evaluation.sweep.cost import costs_of
+from mc_jax.evaluation.sweep.grid import Cell
 from mc_jax.training.losses import _compiled
 
 CELLS = {
@@ -64,6 +66,21 @@ def mixers_of_the_reference():
         _compiled.cache_clear()
         yield
     _compiled.cache_clear()
+
+
+def test_a_run_of_which_the_router_alone_was_trained_is_read_with_its_caches_off_and_has_a_cost():
+    run = run_of()
+    training = TrainingConfig(train=("router_query", "router_key", "online_logit"))
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, training=training))
+    changes = {"model.aggregation": "none"}
+    must_have_weights("runs/untrained", run.config, changes)
+    turned = turn(run, changes)
+    assert turned.config.model.aggregation == "none"
+    cell = Cell(
+        run="runs/untrained", changes=changes, config=turned.config, trained=run.config, mode="stream"
+    )
+    costs = costs_of(cell, run.dataset.held_out, run.dataset.tokenizer.vocab_size)
+    assert costs["cell"] == costs["recurrence"]
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import numpy as np
 
 from mc_jax.caching import Storage
@@ -18,7 +17,7 @@ from mc_jax.data.store import TokenStore
 from mc_jax.evaluation.dial import turned_config
 from mc_jax.evaluation.sweep.grid import Cell
 from mc_jax.planning.formulas import flops_of, state_matrices
-from mc_jax.training.run import activation_dtype, drawing
+from mc_jax.training.run import activation_dtype, model_shapes
 
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _SCALE_BYTES = 4  # of each matrix of whole numbers
@@ -112,4 +111,4 @@ def _cost(config: Config, lengths: np.ndarray, storage: Storage, vocab_size: int
 @functools.lru_cache(maxsize=64)
 def _shapes(model: ModelConfig, config: Config, vocab_size: int) -> Any:
     """The shapes of a model's parameters, which no window changes."""
-    return jax.eval_shape(drawing(dataclasses.replace(config, model=model), vocab_size)[1]).parameters
+    return model_shapes(dataclasses.replace(config, model=model), vocab_size)[1]
