@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mc_jax import memory_caching
-from mc_jax.caching.aggregations import AGGREGATIONS
+from mc_jax.facts import AGGREGATION_FACTS
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 FORMS = ("none", "gated", "sparse")
@@ -27,7 +27,7 @@ def timed(aggregation: str, length: int) -> Callable[[], object]:
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v, u, pooled = (jax.random.normal(key, (1, length, HEADS, DIM)) for key in keys)
     q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    routing = (u, pooled) if AGGREGATIONS[aggregation].uses_router else (None, None)
+    routing = (u, pooled) if AGGREGATION_FACTS[aggregation].uses_router else (None, None)
 
     def loss(q, k, v, u, router_keys):
         y, _ = memory_caching(
@@ -39,7 +39,7 @@ def timed(aggregation: str, length: int) -> Callable[[], object]:
             online_logit=None if u is None else jnp.zeros(q.shape[:3]),
             aggregation=aggregation,
             segment_length=SEGMENT,
-            top_k=TOP_K if AGGREGATIONS[aggregation].uses_top_k else None,
+            top_k=TOP_K if AGGREGATION_FACTS[aggregation].top_k == "always" else None,
         )
         return jnp.sum(jnp.square(y))
 

@@ -26,9 +26,9 @@ from flax import nnx
 
 from mc_jax._arguments import UsageError, parse
 from mc_jax.caching import Settings
-from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.config import TrainingConfig
 from mc_jax.data.mqar import IGNORED, MqarBatch, mqar_batch
+from mc_jax.facts import AGGREGATION_FACTS, AggregationFacts, AggregationName, MemoryName
 from mc_jax.nn import MemoryCaching
 from mc_jax.nn.convolution import ShortConvolution
 from mc_jax.nn.norm import RMSNorm
@@ -47,9 +47,9 @@ _STEPS_A_CALL = 50
 class Cell:
     """One model to be trained."""
 
-    memory: Literal["linear", "swla", "delta", "dla", "titans", "attention"] = "linear"
+    memory: MemoryName | Literal["attention"] = "linear"
     """The recurrence; "attention" is softmax attention with the same keys, without a memory."""
-    aggregation: Literal["none", "residual", "gated", "soup", "sparse", "average"] = "gated"
+    aggregation: AggregationName = "gated"
     """How cached memories are read."""
     segment_init: Literal["checkpoint", "independent"] = "independent"
     """What a segment's memory starts from; with aggregation "none" always a checkpoint."""
@@ -166,13 +166,17 @@ def _mixer(cell: Cell, rngs: nnx.Rngs) -> MemoryCaching | SoftmaxMixer:
             aggregation=cell.aggregation,
             segment_length=SEGMENT,
             # Without a cache, a memory that starts afresh at each segment would know nothing else.
-            segment_init="checkpoint" if cell.aggregation == "none" else cell.segment_init,
+            segment_init=cell.segment_init if _about(cell).reads_cache else "checkpoint",
             chunk_length=SEGMENT,
-            top_k=TOP_K if AGGREGATIONS[cell.aggregation].uses_top_k else None,
+            top_k=TOP_K if _about(cell).top_k == "always" else None,
         ),
         mlp=cell.mlp,
         rngs=rngs,
     )
+
+
+def _about(cell: Cell) -> AggregationFacts:
+    return AGGREGATION_FACTS[cell.aggregation]
 
 
 def _build(cell: Cell, key: jax.Array) -> RecallModel:
@@ -213,7 +217,7 @@ def _batches(seed: int, steps: range) -> MqarBatch:
 
 def _anneals(cell: Cell) -> bool:
     # With top_k = 1 or 2 from the start little gradient reaches the segments that were not chosen.
-    return cell.memory != "attention" and cell.aggregation == "sparse"
+    return cell.memory != "attention" and _about(cell).can_anneal
 
 
 def _top_k(cell: Cell, step: int) -> int:
@@ -228,7 +232,7 @@ def _bytes(cell: Cell) -> tuple[int, int]:
     if cell.memory == "attention":
         return 0, 4 * LAYERS * LENGTH * (cell.key_dim + WIDTH)
     state = 2 * 4 * 8 * WIDTH if cell.mlp else cell.key_dim * WIDTH
-    cached = 0 if cell.aggregation == "none" else LENGTH // SEGMENT - 1
+    cached = LENGTH // SEGMENT - 1 if _about(cell).reads_cache else 0
     return 4 * LAYERS * state, 4 * LAYERS * state * cached
 
 

@@ -39,6 +39,7 @@ from mc_jax.config import (
     Remat,
     TrainingConfig,
 )
+from mc_jax.facts import AGGREGATION_FACTS, MEMORY_FACTS
 
 NAMES = "SIZE-MEMORY-AGGREGATION"
 VOCABULARY = 32_000
@@ -100,7 +101,7 @@ def configs() -> dict[str, Config]:
 def _config(
     size: Size, context: int, memory: MemoryName | Literal["attention"], aggregation: AggregationName
 ) -> Config:
-    deep = memory in ("dla", "titans")
+    deep, top_k = _is_deep(memory), AGGREGATION_FACTS[aggregation].top_k
     model = ModelConfig(
         num_layers=size.layers,
         model_dim=size.dim,
@@ -108,7 +109,7 @@ def _config(
         mlp_dim=_mlp_dim(size, memory, aggregation),
         aggregation=aggregation,
         segment_length=256,
-        top_k=2 if aggregation == "sparse" else None,
+        top_k=2 if top_k == "always" else None,
         memory_depth=2 if deep else None,
         # Where there is none, its name stays the default.
         memory=ModelConfig().memory if memory == "attention" else memory,
@@ -130,11 +131,15 @@ def _config(
     )
 
 
+def _is_deep(memory: str) -> bool:
+    return memory != "attention" and MEMORY_FACTS[memory].may_be_mlp
+
+
 def _mlp_dim(size: Size, memory: str, aggregation: AggregationName) -> int:
     """What is left of the size's parameters for the three maps of an MLP, to the nearest multiple of 128."""
     dim = size.dim
     # Query, key, value, output; a memory's output gate; the router's query and key.
-    maps = 4 + (memory != "attention") + 2 * (aggregation in ("gated", "soup", "sparse"))
-    initial = 8 * dim * (dim // size.heads) if memory in ("dla", "titans") else 0
+    maps = 4 + (memory != "attention") + 2 * AGGREGATION_FACTS[aggregation].uses_router
+    initial = 8 * dim * (dim // size.heads) if _is_deep(memory) else 0
     left = (size.parameters - VOCABULARY * dim) / size.layers - maps * dim**2 - initial
     return round(left / (3 * dim) / _WIDTHS_OF) * _WIDTHS_OF

@@ -4,35 +4,30 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from mc_jax import memories
+from mc_jax.facts import AGGREGATION_FACTS
+
 SEGMENT, CHUNK = 8, 4
 HEADS, KEY, VALUE, ROUTER, HIDDEN = 2, 3, 2, 3, 5
-USED = {
-    "linear": ("retention", "step"),
-    "swla": ("retention", "step", "previous_step"),
-    "delta": ("retention", "step"),
-    "dla": ("retention", "step"),
-    "titans": ("retention", "step", "momentum"),
-}
+USED = {name: family.matrix.coefficients for name, family in memories.MEMORIES.items()}
 AGGREGATIONS = {
-    "none": {},
-    "residual": {},
-    "gated": {},
-    "soup": {},
-    "sparse": {"top_k": 2},
-    "average": {"top_k": 2},
+    name: {"top_k": 2} if facts.top_k == "always" else {} for name, facts in AGGREGATION_FACTS.items()
 }
-WITH_ROUTER = ("gated", "soup", "sparse")
-MEMORIES = [
-    ("linear", False),
-    ("swla", False),
-    ("delta", False),
-    ("titans", False),
-    ("dla", True),
-    ("titans", True),
-]
+WITH_ROUTER = tuple(name for name, facts in AGGREGATION_FACTS.items() if facts.uses_router)
+
+
+def _memories() -> list[tuple[str, bool]]:
+    """Names, and whether the state is an MLP; a matrix that is another's too (dla's is linear's) once."""
+    families = memories.MEMORIES.items()
+    by_matrix = {family.matrix: name for name, family in reversed(families)}
+    matrices = [(name, False) for name, family in families if by_matrix[family.matrix] == name]
+    return matrices + [(name, True) for name, family in families if family.mlp is not None]
+
+
+MEMORIES = _memories()
 # Each compiles for seconds, twice over: what all of them must show is shown by one where time counts.
 SLOW_BUT_ONE = [MEMORIES[0], *(pytest.param(*memory, marks=pytest.mark.slow) for memory in MEMORIES[1:])]
-NAMES = ["linear", "swla", "delta", "titans", "dla-mlp", "titans-mlp"]
+NAMES = [f"{memory}-mlp" if mlp else memory for memory, mlp in MEMORIES]
 
 
 def arguments(memory, mlp, aggregation, *, length=21, documents=False, router="inputs", dtype=jnp.float64):

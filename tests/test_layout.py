@@ -22,7 +22,8 @@ RANKS = {
     "_absent_tpu": 0,
     "stop_signals": 0,
     "_selftest": 1,
-    "config": 0,
+    "facts": 0,
+    "config": 1,
     "data": 1,
     "memories": 1,
     "caching": 2,
@@ -35,8 +36,14 @@ RANKS = {
     "cli": 7,
     "experiments": 8,
 }
-# Data and config know no model; recipes know settings alone.
-ONLY = {"pallas_kernels": set(), "config": set(), "data": {"config"}, "recipe": {"config"}}
+# Data and config know no model; recipes know settings, and what is so of the names in them.
+ONLY = {
+    "pallas_kernels": set(),
+    "facts": set(),
+    "config": {"facts"},
+    "data": {"config"},
+    "recipe": {"config", "facts"},
+}
 
 
 def python_files() -> list[pathlib.Path]:

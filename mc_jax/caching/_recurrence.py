@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.caching.settings import Settings
 from mc_jax.memories import Coefficients, Memory, MixableMemory, memory_for
 from pallas_kernels._state import Weights
@@ -21,8 +20,7 @@ def memory_of(settings: Settings, coefficients: Coefficients, weights: Weights |
 
 def mixable_of(settings: Settings, memory: Memory) -> MixableMemory | None:
     """The memory, where the aggregation mixes weights and that is not the same as mixing reads."""
-    mixes = AGGREGATIONS[settings.aggregation].mixes_weights
-    return memory if mixes and isinstance(memory, MixableMemory) else None
+    return memory if settings.about.mixes_weights and isinstance(memory, MixableMemory) else None
 
 
 def log_retention_of(settings: Settings, coefficients: Coefficients, shape, dtype) -> jax.Array | None:

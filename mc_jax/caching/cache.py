@@ -8,7 +8,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.caching.reading import Cached
 from mc_jax.caching.router import Pooled
 from mc_jax.caching.settings import Settings
@@ -131,7 +130,7 @@ class Cache:
 
     def overflowed(self) -> jax.Array:
         """Rows [B] that had more memories to cache than places; their reads are NaN from there on."""
-        if self.storage.when_full == "drop-oldest" or AGGREGATIONS[self.settings.aggregation].gates is None:
+        if self.storage.when_full == "drop-oldest" or not self.settings.about.reads_cache:
             return jnp.zeros(self.count.shape, bool)
         return self.count > self.capacity
 
@@ -150,8 +149,7 @@ class Cache:
 
 
 def _check_storage(settings: Settings, storage: Storage) -> None:
-    aggregation = AGGREGATIONS[settings.aggregation]
-    if aggregation.gates is None and storage != Storage():
+    if not settings.about.reads_cache and storage != Storage():
         raise ValueError(
             f"a storage has no effect with aggregation {settings.aggregation!r}, which caches nothing; "
             "leave it out"
@@ -161,7 +159,7 @@ def _check_storage(settings: Settings, storage: Storage) -> None:
             "segmentation 'logarithmic' groups all segments since the start and cannot drop the oldest; "
             "set when_full to 'error'"
         )
-    if storage.place == "host" and (aggregation.select is None or settings.selected_read == "dense"):
+    if storage.place == "host" and (not settings.selects or settings.selected_read == "dense"):
         raise ValueError(
             "place 'host' is for sparse reads, which fetch few states; set aggregation to 'sparse', without "
             "a dense selected_read, or place to 'device'"
@@ -206,7 +204,7 @@ def append_token(cache: Cache, online: OnlineState, segment: Segment, states: Pa
     length = cache.length + 1
     completed = length % cache.settings.segment_length == 0
     cached, pooled = cache.cached, cache.pooled
-    if AGGREGATIONS[cache.settings.aggregation].gates is not None and cache.capacity:
+    if cache.settings.about.reads_cache and cache.capacity:
         place, write = cache.next_place()
         if states is None:
             new = pack(online.weights, cache.storage)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mc_jax.caching import router
 from mc_jax.caching._recurrence import log_retention_of, memory_of, mixable_of
-from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Scores, Selection
+from mc_jax.caching.aggregations import Gates, Scores, Selection
 from mc_jax.caching.cache import Cache, append_token, write_segment
 from mc_jax.caching.reading import Routing, choose, combine, scaled
 from mc_jax.caching.rows import forward
@@ -102,7 +102,7 @@ def memory_caching(
         implementation=implementation,
     )
     routing = None
-    if AGGREGATIONS[aggregation].uses_router:
+    if settings.about.uses_router:
         if u is None:
             raise ValueError(f"aggregation {aggregation!r} has a router; give its queries u")
         routing = Routing(u, k if router_keys is None else router_keys, online_logit)
@@ -166,7 +166,7 @@ def decode(
         scores = Scores(router.score(routing.u[:, None], cache.pooled), online_logit[:, None])
     chunk_start = cache.length % settings.chunk_length == 0
     gates = None
-    if AGGREGATIONS[settings.aggregation].gates is not None:
+    if settings.about.reads_cache:
         scale = None if routing is None else routing.cache_scale
         gates = scaled(_choose_cached(cache, scores), None if scale is None else scale[:, None])
     mixable, appended = mixable_of(settings, memory), None

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from mc_jax.caching import segments
-from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.caching.cache import Cache, Segment, restart
 from mc_jax.caching.reading import Cached, Routing
 from mc_jax.caching.router import Pooled
@@ -41,7 +40,7 @@ def cache_after(
       settings: how the cache is written and read.
     """
     last = jnp.take_along_axis(document_ids, lengths[:, None] - 1, axis=1)
-    if AGGREGATIONS[settings.aggregation].gates is None:
+    if not settings.about.reads_cache:
         cached = jax.tree.map(lambda x: x[:, :0], cached)  # nothing will read them
     # Only completed segments of the last document may be read: they move to the front.
     owners = segments.segment_documents(document_ids, settings.segment_length)

@@ -79,7 +79,8 @@ def choose(
             return logarithmic.checkpoint_gates(gates, groups, eligible.shape[-1])
         assert cached.log_retention is not None
         return logarithmic.merged_gates(gates, groups, cached.log_retention, first)
-    if aggregation.select is not None and top_k is None and _is_grouped(settings, eligible, cached.states):
+    if settings.selects and top_k is None and _is_grouped(settings, eligible, cached.states):
+        assert aggregation.select is not None
         assert scores is not None
         assert settings.top_k is not None
         return aggregation.select(scores, eligible, settings.top_k)

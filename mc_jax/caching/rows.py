@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mc_jax.caching import continuation, router, segments
 from mc_jax.caching._recurrence import log_retention_of, memory_of, mixable_of
-from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Scores, Selection
+from mc_jax.caching.aggregations import Gates, Scores, Selection
 from mc_jax.caching.cache import Cache
 from mc_jax.caching.continuation import Joined, follow, join, out_of_places
 from mc_jax.caching.finite import Tokens, mark_begun, misaligned_documents, reach_of, without_bad
@@ -297,11 +297,11 @@ def _read(
     if routing is not None and routing.keys is not None:
         pooled = router.pool(routing.keys, document_ids, settings.segment_length, settings.router_blocks)
     first_segment, readable_in = 0, settings.segment_length
-    if neighbours is not None and AGGREGATIONS[settings.aggregation].gates is not None:
+    if neighbours is not None and settings.about.reads_cache:
         # Which states a token may read is now known when the program runs, and not before.
         first_segment, readable_in = neighbours.index * owners.shape[1], None
         cached, pooled, owners, bad_ends = neighbours.gather((cached, pooled, owners, bad_ends))
-    if cache is not None and AGGREGATIONS[settings.aggregation].gates is not None:
+    if cache is not None and settings.about.reads_cache:
         # A memory that is not finite is so in the cache as well: its reads and scores tell.
         joined = join(cache, cached, pooled, dtype)
         cached, pooled, readable_in = joined.cached, joined.pooled, None
@@ -314,7 +314,7 @@ def _read(
             online_logit = router.running_mean_logit(routing.u, routing.keys, settings.segment_length)
         scores = Scores(router.score(routing.u, pooled), online_logit)
     gates, states, bad_reads = None, cached.states, reach.reads
-    if AGGREGATIONS[settings.aggregation].gates is not None:
+    if settings.about.reads_cache:
         if cache is None or joined is None:
             eligible = segments.eligible(document_ids, owners, settings.segment_length, first_segment)
             first = segments.first_of_document(owners)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from mc_jax.caching.aggregations import AGGREGATIONS
+from mc_jax.facts import AGGREGATION_FACTS, MEMORY_FACTS, AggregationFacts, names_with
 from mc_jax.memories import MEMORIES
 from pallas_kernels._branch import BRANCHES
 
@@ -44,37 +45,49 @@ class Settings:
                     f"{name} {getattr(self, name)} does not divide segment_length {self.segment_length}; "
                     "set segment_length to a multiple of it"
                 )
-        aggregation = AGGREGATIONS[self.aggregation]
-        if aggregation.uses_top_k and (self.top_k is None or self.top_k < 1):
+        if self.about.top_k == "never" and self.top_k is not None:
+            raise ValueError(f"top_k has no effect with aggregation {self.aggregation!r}; leave it out")
+        lacks_top_k = self.about.top_k == "always" and self.top_k is None
+        if lacks_top_k or (self.top_k is not None and self.top_k < 1):
             raise ValueError(
                 f"aggregation {self.aggregation!r} reads top_k cached memories and top_k is {self.top_k}; "
                 "set top_k to 1 or more"
             )
-        if not aggregation.uses_top_k and self.top_k is not None:
-            raise ValueError(f"top_k has no effect with aggregation {self.aggregation!r}; leave it out")
-        if self.router_blocks > 1 and not aggregation.uses_router:
+        if self.router_blocks > 1 and not self.about.uses_router:
             raise ValueError(
                 f"router_blocks has no effect with aggregation {self.aggregation!r}; leave it out"
             )
-        if self.selected_read is not None and aggregation.select is None:
+        if self.selected_read is not None and not self.selects:
+            without = "" if AGGREGATIONS[self.aggregation].select is None else " without top_k"
             raise ValueError(
-                f"selected_read has no effect with aggregation {self.aggregation!r}; leave it out"
+                f"selected_read has no effect with aggregation {self.aggregation!r}{without}; leave it out"
             )
         if self.segmentation == "logarithmic":
             self._check_logarithmic()
 
+    @property
+    def about(self) -> AggregationFacts:
+        """What is so of the aggregation."""
+        return AGGREGATION_FACTS[self.aggregation]
+
+    @property
+    def selects(self) -> bool:
+        """Whether a token's few states are known by their places, so that no other need be read."""
+        return self.top_k is not None and AGGREGATIONS[self.aggregation].select is not None
+
     def _check_logarithmic(self) -> None:
-        if self.aggregation != "gated":
+        if not self.about.reads_groups:
+            fits = names_with(AGGREGATION_FACTS, "reads_groups")
             raise ValueError(
-                f"segmentation 'logarithmic' is defined with aggregation 'gated', not {self.aggregation!r}; "
-                "set aggregation to 'gated' or segmentation to 'constant'"
+                f"segmentation 'logarithmic' is defined with aggregation {fits}, not {self.aggregation!r}; "
+                f"set aggregation to {fits} or segmentation to 'constant'"
             )
         if self.router_blocks > 1:
             raise ValueError("router_blocks needs segmentation 'constant'; set router_blocks to 1")
-        if self.segment_init == "independent" and self.memory != "linear":
+        if self.segment_init == "independent" and not MEMORY_FACTS[self.memory].can_merge:
             raise ValueError(
                 f"independent segments of memory {self.memory!r} cannot be merged into groups; "
-                "set segment_init to 'checkpoint' or memory to 'linear'"
+                f"set segment_init to 'checkpoint' or memory to {names_with(MEMORY_FACTS, 'can_merge')}"
             )
 
 

@@ -1,15 +1,13 @@
 """Every setting of a run, checked before anything is compiled."""
 
-from mc_jax.config.checks import validate
+from mc_jax.config.checks import can_anneal, validate
 from mc_jax.config.files import differences, from_dict, from_json, to_dict, to_flat_dict, to_json
 from mc_jax.config.settings import (
-    AggregationName,
     Config,
     ConfigError,
     DataConfig,
     EvaluationConfig,
     LayerKind,
-    MemoryName,
     MeshConfig,
     ModelConfig,
     Remat,
@@ -18,6 +16,7 @@ from mc_jax.config.settings import (
     TrainingConfig,
     document_alignment,
 )
+from mc_jax.facts import AggregationName, MemoryName
 
 __all__ = [
     "AggregationName",
@@ -33,6 +32,7 @@ __all__ = [
     "SegmentInit",
     "Segmentation",
     "TrainingConfig",
+    "can_anneal",
     "differences",
     "document_alignment",
     "from_dict",

@@ -6,6 +6,7 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin
 
 from mc_jax.config.settings import Config, ConfigError, ModelConfig, document_alignment
+from mc_jax.facts import AGGREGATION_FACTS, MEMORY_FACTS, names_with
 
 
 def validate(config: Config) -> Config:
@@ -31,11 +32,12 @@ def validate(config: Config) -> Config:
                 other = ", or to -1" if fills else ""
                 raise ConfigError(f"{part}.{field.name} is {value}; set it to {smallest} or more{other}")
     _check_model(model)
-    if training.top_k_anneal_steps and model.aggregation != "sparse":
-        raise ConfigError(
-            f"training.top_k_anneal_steps has no effect with model.aggregation {model.aggregation!r}; "
-            "set it to 0, or model.aggregation to 'sparse'"
-        )
+    if training.top_k_anneal_steps and not can_anneal(model):
+        reason = f"model.aggregation {model.aggregation!r}"
+        cure = f"model.aggregation to {names_with(AGGREGATION_FACTS, 'can_anneal')}"
+        if AGGREGATION_FACTS[model.aggregation].can_anneal:
+            reason, cure = "model.top_k None", "model.top_k to 1 or more"
+        raise ConfigError(f"training.top_k_anneal_steps has no effect with {reason}; set it to 0, or {cure}")
     align = document_alignment(model)
     _must_divide("model.chunk_length", align, "data.context_length", data.context_length)
     _must_divide("training.accumulation", training.accumulation, "training.batch_size", training.batch_size)
@@ -97,39 +99,46 @@ def _check_model(model: ModelConfig) -> None:
     _must_divide(
         "layers in model.layer_pattern", len(model.layer_pattern), "model.num_layers", model.num_layers
     )
-    deep = model.memory in ("dla", "titans")
-    _must_go_together("model.memory_depth", model.memory_depth, deep, f"model.memory {model.memory!r}", "2")
+    memory, aggregation = MEMORY_FACTS[model.memory], AGGREGATION_FACTS[model.aggregation]
+    with_memory = f"model.memory {model.memory!r}"
+    with_aggregation = f"model.aggregation {model.aggregation!r}"
+    _must_go_together("model.memory_depth", model.memory_depth, memory.may_be_mlp, with_memory, "2")
     if model.memory_branch is not None and model.memory_depth != 2:
         raise ConfigError(
             f"model.memory_branch {model.memory_branch!r} has no effect with model.memory_depth "
             f"{model.memory_depth}; set it to None, or model.memory_depth to 2"
         )
-    reads_top_k = model.aggregation in ("sparse", "average")
-    aggregation = f"model.aggregation {model.aggregation!r}"
-    _must_go_together("model.top_k", model.top_k, reads_top_k, aggregation, "2")
+    if aggregation.top_k != "optional":
+        always = aggregation.top_k == "always"
+        _must_go_together("model.top_k", model.top_k, always, with_aggregation, "2")
     windowed = "window" in model.layer_pattern
     pattern = f"model.layer_pattern {' '.join(model.layer_pattern)}"
     _must_go_together("model.attention_window", model.attention_window, windowed, pattern, "1024")
-    if model.router_blocks > 1 and model.aggregation not in ("gated", "soup", "sparse"):
-        raise ConfigError(f"model.router_blocks has no effect with {aggregation}; set it to 1")
-    if model.cache_scale is not None and model.aggregation == "none":
+    if model.router_blocks > 1 and not aggregation.uses_router:
+        raise ConfigError(f"model.router_blocks has no effect with {with_aggregation}; set it to 1")
+    if model.cache_scale is not None and not aggregation.reads_cache:
         raise ConfigError(
-            f"model.cache_scale {model.cache_scale!r} has no effect with {aggregation}; set it to None, "
+            f"model.cache_scale {model.cache_scale!r} has no effect with {with_aggregation}; set it to None, "
             "or model.aggregation to one that reads a cache"
         )
     if model.segmentation == "logarithmic":
-        if model.aggregation != "gated":
+        if not aggregation.reads_groups:
             raise ConfigError(
-                f"model.segmentation 'logarithmic' is not defined with {aggregation}; "
-                "set model.aggregation to 'gated'"
+                f"model.segmentation 'logarithmic' is not defined with {with_aggregation}; "
+                f"set model.aggregation to {names_with(AGGREGATION_FACTS, 'reads_groups')}"
             )
         if model.router_blocks > 1:
             raise ConfigError("model.router_blocks needs model.segmentation 'constant'; set it to 1")
-        if model.segment_init == "independent" and model.memory != "linear":
+        if model.segment_init == "independent" and not memory.can_merge:
             raise ConfigError(
-                f"independent segments of model.memory {model.memory!r} cannot be merged; "
+                f"independent segments of {with_memory} cannot be merged; "
                 "set model.segment_init to 'checkpoint'"
             )
+
+
+def can_anneal(model: ModelConfig) -> bool:
+    """Whether training can go from reading all cached memories to top_k of them."""
+    return AGGREGATION_FACTS[model.aggregation].can_anneal and model.top_k is not None
 
 
 def _must_go_together(name: str, value: Any, wanted: bool, reason: str, example: str) -> None:

@@ -7,8 +7,8 @@ overrides single fields (`--model.segment-length 128`).
 import dataclasses
 from typing import Literal
 
-MemoryName = Literal["linear", "swla", "delta", "dla", "titans"]
-AggregationName = Literal["none", "residual", "gated", "soup", "sparse", "average"]
+from mc_jax.facts import MEMORY_FACTS, AggregationName, MemoryName
+
 Segmentation = Literal["constant", "logarithmic"]
 SegmentInit = Literal["checkpoint", "independent"]
 LayerKind = Literal["memory", "attention", "window"]
@@ -182,4 +182,5 @@ def document_alignment(model: ModelConfig) -> int:
 
     A chunk of "titans", or of an MLP memory, takes its gradients at one state, so it holds one document.
     """
-    return model.chunk_length if model.memory == "titans" or model.memory_depth == 2 else 1
+    takes_gradients = MEMORY_FACTS[model.memory].takes_gradients or model.memory_depth == 2
+    return model.chunk_length if takes_gradients else 1

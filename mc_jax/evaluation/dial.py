@@ -5,8 +5,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mc_jax.caching.aggregations import AGGREGATIONS
-from mc_jax.config import Config, ConfigError, ModelConfig, differences, document_alignment, validate
+from mc_jax.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    can_anneal,
+    differences,
+    document_alignment,
+    validate,
+)
+from mc_jax.config.checks import must_fit
+from mc_jax.facts import AGGREGATION_FACTS
 from mc_jax.training.run import Run, model_shapes
 from mc_jax.training.step import Parameters, merge_model, split_model
 
@@ -68,10 +77,12 @@ def turned_config(config: Config, changes: Mapping[str, Any]) -> Config:
             f"model.{next(iter(of_model))} has no effect on a model without memory layers; leave it out"
         )
     model = dataclasses.replace(config.model, **of_model)
+    for field in dataclasses.fields(model):
+        must_fit(f"model.{field.name}", getattr(model, field.name), field.type)
     model = dataclasses.replace(model, **_implied(model, of_model))
     if (
         model.segment_length != config.model.segment_length
-        and AGGREGATIONS[model.aggregation].gates is None
+        and not AGGREGATION_FACTS[model.aggregation].reads_cache
         and model.segment_init == "checkpoint"
     ):
         raise ConfigError(
@@ -79,7 +90,7 @@ def turned_config(config: Config, changes: Mapping[str, Any]) -> Config:
             f"{model.aggregation!r}, which caches nothing; leave it out"
         )
     training = config.training
-    if model.aggregation != "sparse":  # whose training alone anneals
+    if not can_anneal(model):
         training = dataclasses.replace(training, top_k_anneal_steps=0)
     return validate(
         dataclasses.replace(
@@ -133,15 +144,15 @@ def turned_settings(run: Run) -> dict[str, tuple[Any, Any]]:
 def _implied(model: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """What cannot stay as it was trained beside the settings that are given, and was not given itself."""
     implied: dict[str, Any] = {}
-    aggregation = AGGREGATIONS.get(model.aggregation)
-    if "aggregation" in given and aggregation is not None:
-        if not aggregation.uses_top_k:
+    aggregation = AGGREGATION_FACTS[model.aggregation]
+    if "aggregation" in given:
+        if aggregation.top_k == "never":
             implied["top_k"] = None
         if not aggregation.uses_router:
             implied["router_blocks"] = 1
-        if aggregation.gates is None:
+        if not aggregation.reads_cache:
             implied["cache_scale"] = None
-        if model.aggregation != "gated":
+        if not aggregation.reads_groups:
             implied["segmentation"] = "constant"
     if given.get("segmentation") == "logarithmic":
         implied["router_blocks"] = 1

@@ -14,6 +14,7 @@ from etils import epath
 from flax import nnx
 
 from mc_jax.caching import Storage
+from mc_jax.facts import AGGREGATION_FACTS
 from mc_jax.inference.sampling import sample
 from mc_jax.nn import LanguageModel
 from mc_jax.training.run import Run, load_run
@@ -80,7 +81,8 @@ def generate(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; set it above 0 and to at most 1")
     completed = (int(lengths.max()) + tokens - 1) // segment_length
-    caches = "memory" in model.config.layer_pattern and model.config.aggregation != "none"
+    reads_cache = AGGREGATION_FACTS[model.config.aggregation].reads_cache
+    caches = "memory" in model.config.layer_pattern and reads_cache
     places = completed if storage.max_cached is None or not caches else storage.max_cached
     if storage.when_full == "error" and places < completed:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The recurrences, by name. A new memory is one file here and one entry in `MEMORIES`."""
+"""The recurrences, by name. A new one is one file here, an entry here, and one in `mc_jax.facts`."""
 
 from mc_jax.memories._interface import (
     AffineMemory,

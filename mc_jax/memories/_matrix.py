@@ -15,11 +15,7 @@ class MatrixMemory:
 
     rule: str
     coefficients: tuple[str, ...]
-
-    @property
-    def takes_gradients(self) -> bool:
-        """Titans' chunks alone are."""
-        return self.rule == "titans"
+    takes_gradients: bool = False
 
     def run(
         self, q: jax.Array, k: jax.Array, v: jax.Array, coefficients: Coefficients, layout: Layout

@@ -13,5 +13,6 @@ from mc_jax.memories._mlp import MlpMemory
 _COEFFICIENTS = ("retention", "step", "momentum")
 
 TITANS = Family(
-    matrix=MatrixMemory("titans", _COEFFICIENTS), mlp=functools.partial(MlpMemory, "l2", _COEFFICIENTS)
+    matrix=MatrixMemory("titans", _COEFFICIENTS, takes_gradients=True),
+    mlp=functools.partial(MlpMemory, "l2", _COEFFICIENTS),
 )

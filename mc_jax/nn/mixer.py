@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_jax import caching
-from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Selection
+from mc_jax.caching.aggregations import Gates, Selection
 from mc_jax.memories import Coefficients, memory_for
 from mc_jax.nn.convolution import ShortConvolution
 from mc_jax.nn.norm import RMSNorm
@@ -111,12 +111,12 @@ class MemoryCaching(nnx.Module):
         self.query, self.key, self.value = linear(keys), linear(keys), linear(model_dim)
         self.convolution = ShortConvolution(2 * keys + model_dim, convolution_width, dtype=dtype, rngs=rngs)
         self.initial = _InitialMlp(num_heads, head_dim, rngs) if mlp else None
-        names = memory_for(settings.memory, self._initial_state(), settings.branch).coefficients
+        recurrence = memory_for(settings.memory, self._initial_state(), settings.branch)
+        names = recurrence.coefficients
 
         # A chunk of these is one gradient step of all its tokens: with steps of 1/2 each it would diverge.
         # Momentum 1/2 doubles what a token writes, so the whole chunk's step starts at 1.
-        takes_gradients = mlp or settings.memory == "titans"
-        first_step = 0.5 / settings.chunk_length if takes_gradients else 0.5
+        first_step = 0.5 / settings.chunk_length if recurrence.takes_gradients else 0.5
         wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
         def fraction(name: str, start: float = 0.5) -> _Fraction | None:
@@ -126,7 +126,7 @@ class MemoryCaching(nnx.Module):
         self.step_size = fraction("step", first_step)
         self.momentum = fraction("momentum")
         self.previous_step = fraction("previous_step")
-        uses_router = AGGREGATIONS[settings.aggregation].uses_router
+        uses_router = settings.about.uses_router
         pools_keys = router_keys == "keys"
         # Of zeros: all cached memories are weighed alike at first, and not at random, from which many a model
         # does not recover (associative recall, one seed: 55 % right with random queries, 97 % with these).
@@ -230,7 +230,7 @@ class MemoryCaching(nnx.Module):
 
     def _with_places(self, storage: caching.Storage, max_length: int, least: int = 1) -> caching.Storage:
         """The storage with a place for each segment of `max_length` tokens, if it does not say how many."""
-        if storage.max_cached is not None or AGGREGATIONS[self.settings.aggregation].gates is None:
+        if storage.max_cached is not None or not self.settings.about.reads_cache:
             return storage
         places = max(max_length // self.settings.segment_length, least, 1)
         return dataclasses.replace(storage, max_cached=places)

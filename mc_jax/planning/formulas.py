@@ -22,9 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mc_jax.config import Config, ModelConfig
+from mc_jax.facts import AGGREGATION_FACTS, MEMORY_FACTS
 from mc_jax.planning.parts import matrices, parameter_part
-
-_HAS_ROUTER = ("gated", "soup", "sparse")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,10 +93,11 @@ def memory_flops(model: ModelConfig) -> float:
     dim = model.model_dim // model.num_heads
     flops = sum(4.0 * a * b + 2.0 * model.chunk_length * (a + b) for a, b in state_matrices(model))
     hidden = 4 * dim
+    writes_errors = MEMORY_FACTS[model.memory].writes_errors
     if model.memory_depth == 2:
-        needs_output = model.memory == "titans" or model.memory_branch != "plain"
+        needs_output = writes_errors or model.memory_branch != "plain"
         flops += 4.0 * dim * hidden + (2.0 * dim * hidden if needs_output else 0.0)
-    elif model.memory in ("delta", "titans"):
+    elif writes_errors:
         flops += 2.0 * dim * dim
     return flops
 
@@ -107,11 +107,12 @@ def cached_flops(model: ModelConfig, length: int, places: int | None = None) -> 
 
     `places` is as of `flops_of`.
     """
-    if model.aggregation == "none":
+    aggregation = AGGREGATION_FACTS[model.aggregation]
+    if not aggregation.reads_cache:
         return 0.0
     dim = model.model_dim // model.num_heads
     read = sum(2.0 * a * b for a, b in state_matrices(model))
-    scored = 2.0 * dim if model.aggregation in _HAS_ROUTER else 0.0
+    scored = 2.0 * dim if aggregation.uses_router else 0.0
     eligible = mean_eligible(length, model.segment_length, places)
     if model.segmentation == "logarithmic":
         return read * mean_groups(length, model.segment_length) + scored * eligible

@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 from jax.scipy.special import entr
 
-from mc_jax.caching.aggregations import AGGREGATIONS, Gates, Selection
+from mc_jax.caching.aggregations import Gates, Selection
 from mc_jax.config import Config, ModelConfig
 from mc_jax.data.store import TokenStore
 from mc_jax.data.windows import spread_sequences
+from mc_jax.facts import AGGREGATION_FACTS
 from mc_jax.parallel import has_mesh, local_rows, on_mesh
 from mc_jax.parallel.compiler import compiler_options
 from mc_jax.parallel.rules import size_of
@@ -166,7 +167,7 @@ class RouterOnText:
 
 def has_router(model: ModelConfig) -> bool:
     """Whether a model weighs its memories token by token."""
-    return "memory" in model.layer_pattern and AGGREGATIONS[model.aggregation].uses_router
+    return "memory" in model.layer_pattern and AGGREGATION_FACTS[model.aggregation].uses_router
 
 
 def memory_layers(model: ModelConfig) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from mc_jax.data.prepare import prepare
 from mc_jax.evaluation.perplexity import evaluate_run
 from mc_jax.evaluation.result import commit_of
 from mc_jax.evaluation.summary import summarize_run
+from mc_jax.facts import AGGREGATION_FACTS
 from mc_jax.inference.generate import generate_run
 from mc_jax.parallel import make_mesh
 from mc_jax.training.loop import train
@@ -116,7 +117,7 @@ def test_a_model_trains_to_its_report(name, corpus, tmp_path):
     assert len(measured) == 2
     page = (tmp_path / "run" / "report.html").read_text()
     kinds = config.model.layer_pattern
-    routed = "memory" in kinds and config.model.aggregation in ("gated", "soup", "sparse")
+    routed = "memory" in kinds and AGGREGATION_FACTS[config.model.aggregation].uses_router
     assert ("One heat map a layer" in page) == routed
     must_tell_what_the_router_reads(tmp_path / "run", page, routed)
     assert ("no layers with a memory" in page) == ("memory" not in kinds)

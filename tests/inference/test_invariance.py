@@ -19,6 +19,7 @@ from flax import nnx
 from mc_jax.caching import Storage
 from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.config import ModelConfig, document_alignment
+from mc_jax.facts import AGGREGATION_FACTS
 from mc_jax.memories import MEMORIES
 from mc_jax.nn import LanguageModel
 
@@ -38,7 +39,7 @@ def config_of(memory: str, aggregation: str, **more) -> ModelConfig:
     settings["segment_init"] = ("checkpoint", "independent")[turn % 2]
     if MEMORIES[memory].mlp is not None:
         settings["memory_depth"] = 2 if aggregation in MLPS.get(memory, ()) else 1
-    if AGGREGATIONS[aggregation].uses_top_k:
+    if AGGREGATION_FACTS[aggregation].top_k == "always":
         settings["top_k"] = 2
     return dataclasses.replace(TINY, **settings | more)
 

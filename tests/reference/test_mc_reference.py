@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mc_jax.facts import MEMORY_FACTS
 from reference._numpy_loops import SEGMENT, in_numpy
 from reference.mc_reference import memory_caching_reference
 
-MEMORIES = ("linear", "swla", "delta", "dla", "titans")
+MEMORIES = tuple(MEMORY_FACTS)
 B, T, H, K, V, R, E = 2, 14, 2, 3, 4, 5, 6
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 

@@ -1,4 +1,4 @@
-"""The aggregations, by name. A new one is one file here and one entry in `AGGREGATIONS`."""
+"""The aggregations, by name. A new one is one file here, an entry here, and one in `mc_jax.facts`."""
 
 from mc_jax.caching.aggregations._interface import Aggregation, Gates, Scores, Selection
 from mc_jax.caching.aggregations.average import AVERAGE

@@ -47,18 +47,12 @@ class Scores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Aggregation:
-    """One way to read the cache."""
+    """One way to read the cache; what settings and plans must know of it is in `mc_jax.facts`."""
 
     gates: Callable[..., Gates] | None
     """(Scores or None, eligible [B, T, N], top_k or None) -> Gates; None: no cache is read."""
     select: Callable[[Scores, jax.Array, int], Selection] | None = None
-    """The same as the few states that are read; None where all are."""
-    uses_router: bool = False
-    """Whether the gates depend on scores; if not, those are None."""
-    uses_top_k: bool = False
-    """Whether the gates depend on top_k; if not, that is None."""
-    mixes_weights: bool = False
-    """Whether the gates weigh the memories' weights, and not what is read from them."""
+    """The same as the few states that are read, with a top_k; None where all are."""
 
 
 def softmax_gates(scores: Scores, readable: jax.Array) -> Gates:

@@ -13,4 +13,4 @@ def _gates(scores: None, eligible: jax.Array, top_k: jax.Array | int) -> Gates:
     return Gates(online=share[..., None], cached=(read * share[..., None])[:, :, None])
 
 
-AVERAGE = Aggregation(gates=_gates, uses_top_k=True)
+AVERAGE = Aggregation(gates=_gates)

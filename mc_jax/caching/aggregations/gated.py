@@ -9,4 +9,4 @@ def _gates(scores: Scores, eligible: jax.Array, top_k: None) -> Gates:
     return softmax_gates(scores, eligible[:, :, None])
 
 
-GATED = Aggregation(gates=_gates, uses_router=True)
+GATED = Aggregation(gates=_gates)

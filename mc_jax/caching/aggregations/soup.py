@@ -3,8 +3,6 @@
 The gates are those of "gated". On a matrix the two are the same; on an MLP they are not.
 """
 
-import dataclasses
-
 from mc_jax.caching.aggregations.gated import GATED
 
-SOUP = dataclasses.replace(GATED, mixes_weights=True)
+SOUP = GATED

@@ -25,4 +25,4 @@ def _select(scores: Scores, eligible: jax.Array, top_k: int) -> Selection:
     return Selection(gates.online, gates.cached, indices)
 
 
-SPARSE = Aggregation(gates=_gates, select=_select, uses_router=True, uses_top_k=True)
+SPARSE = Aggregation(gates=_gates, select=_select)

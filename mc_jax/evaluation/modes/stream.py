@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 
 from mc_jax.caching import Storage
-from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.data.rows import empty_example
 from mc_jax.data.store import TokenStore
 from mc_jax.data.windows import Window, example_of, num_pairs
 from mc_jax.evaluation.modes._interface import Scored, cache_bytes
+from mc_jax.facts import AGGREGATION_FACTS
 from mc_jax.nn import LanguageModel
 from mc_jax.parallel import has_mesh
 from mc_jax.training.step import Parameters, losses_of_features, merge_model, split_model
@@ -81,7 +81,7 @@ class Stream:
 
     def _must_have_places(self, model: LanguageModel, store: TokenStore) -> None:
         places = self.storage.max_cached
-        caches = AGGREGATIONS[model.config.aggregation].gates is not None
+        caches = AGGREGATION_FACTS[model.config.aggregation].reads_cache
         if places is None or self.storage.when_full != "error" or not caches:
             return
         for document in range(len(store)):

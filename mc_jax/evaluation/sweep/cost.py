@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from mc_jax.caching import Storage
-from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.config import Config, ModelConfig
 from mc_jax.data.store import TokenStore
 from mc_jax.evaluation.dial import turned_config
 from mc_jax.evaluation.sweep.grid import Cell
+from mc_jax.facts import AGGREGATION_FACTS, MEMORY_FACTS
 from mc_jax.planning.formulas import flops_of, state_matrices
 from mc_jax.training.run import activation_dtype, model_shapes
 
@@ -65,8 +65,8 @@ def memory_bytes(model: ModelConfig, length: int, storage: Storage, number_bytes
     """
     matrices = state_matrices(model)
     state = sum(a * b for a, b in matrices)
-    about = AGGREGATIONS[model.aggregation]
-    cached = 0 if about.gates is None else length // model.segment_length
+    about = AGGREGATION_FACTS[model.aggregation]
+    cached = length // model.segment_length if about.reads_cache else 0
     if storage.max_cached is not None:
         cached = min(cached, storage.max_cached)
     if model.segmentation == "logarithmic":
@@ -76,7 +76,7 @@ def memory_bytes(model: ModelConfig, length: int, storage: Storage, number_bytes
         kept += _SCALE_BYTES * len(matrices)
     if about.uses_router:
         kept += number_bytes * model.router_blocks * (model.model_dim // model.num_heads)
-    online = state * number_bytes * (2 if model.memory == "titans" else 1)
+    online = state * number_bytes * (2 if MEMORY_FACTS[model.memory].has_momentum else 1)
     of_layer = {
         "memory": model.num_heads * (online + cached * kept),
         "attention": 2 * model.model_dim * length * number_bytes,

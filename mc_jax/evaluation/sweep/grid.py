@@ -11,10 +11,10 @@ from typing import Any
 from etils import epath
 
 from mc_jax.caching import Storage
-from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.config import Config, ModelConfig, differences
 from mc_jax.evaluation.dial import must_have_weights, turned_config
 from mc_jax.evaluation.modes import Mode, mode_of
+from mc_jax.facts import AGGREGATION_FACTS
 from mc_jax.training.run import read_config
 
 _OF_MODEL = ("model.aggregation", "model.segment_length", "model.top_k", "model.segmentation")
@@ -225,7 +225,7 @@ def _meant(
     """The settings of a combination that have an effect, and why the others have none."""
     mode = combination["mode"]
     aggregation = combination.get("model.aggregation", config.model.aggregation)
-    about = AGGREGATIONS[aggregation]
+    about = AGGREGATION_FACTS[aggregation]
     reasons: dict[str, str] = {}
     if mode == "stream":
         reasons["data.context_length"] = "in mode 'stream', which has no windows"
@@ -235,15 +235,15 @@ def _meant(
         reasons |= dict.fromkeys((*_OF_MODEL, *_OF_STORAGE), "on a model without memory layers")
     else:
         with_aggregation = f"with aggregation {aggregation!r}"
-        if not about.uses_top_k:
+        if about.top_k == "never":
             reasons["model.top_k"] = with_aggregation
-        if about.gates is None:
+        if not about.reads_cache:
             reasons |= dict.fromkeys(
                 ("model.segmentation", *_OF_STORAGE), f"{with_aggregation}, which caches nothing"
             )
             if config.model.segment_init == "checkpoint":
                 reasons["model.segment_length"] = f"{with_aggregation}, which caches nothing"
-        elif aggregation != "gated" and combination.get("model.segmentation") == "constant":
+        elif not about.reads_groups and combination.get("model.segmentation") == "constant":
             reasons["model.segmentation"] = with_aggregation
     given = {name: value for name, value in combination.items() if name != "mode"}
     void = [f"{name.rpartition('.')[2]} has no effect {reasons[name]}" for name in given if name in reasons]

@@ -10,6 +10,7 @@ from etils import epath
 from mc_jax import config as configs
 from mc_jax.config import Config
 from mc_jax.data.files import write_json
+from mc_jax.facts import AGGREGATION_FACTS
 from mc_jax.training._buckets import absolute
 from mc_jax.training.initial.source import Init, SourceSettings, find_source
 
@@ -73,7 +74,8 @@ class Provenance:
         told = ", ".join(f"{name} {there!r} -> {here!r}" for name, (there, here) in changed.items())
         begins = f"{run_dir} begins with --init {self.summary()}"
         begins += f"; settings of model and data that differ: {told or 'none'}"
-        if "model.aggregation" in changed and self.source_config.model.aggregation == "none":
+        cached = AGGREGATION_FACTS[self.source_config.model.aggregation].reads_cache
+        if "model.aggregation" in changed and not cached:
             begins += (
                 "; with a scale of 0 the added memory changes nothing yet"
                 if config.model.cache_scale
