@@ -3,8 +3,12 @@
 import dataclasses
 from typing import get_args
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from mc_jax import memory_caching
 from mc_jax.caching.aggregations import AGGREGATIONS
 from mc_jax.config import (
     AggregationName,
@@ -38,6 +42,21 @@ def test_the_facts_of_a_memory_are_those_of_its_functions(name):
     )
     has_momentum = "momentum" in family.matrix.coefficients
     assert facts.has_momentum == has_momentum, f"mc_jax/facts.py: has_momentum of {name}"
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_memory_writes_errors_where_what_it_recalls_changes_what_it_writes(name):
+    k, q = jnp.asarray(np.random.default_rng(0).normal(0, 0.5, (2, 1, 4, 1, 2)), jnp.float32)
+    coefficients, options = jnp.full((1, 4, 1), 0.5), {"memory": name, "aggregation": "none"}
+
+    @jax.jit
+    def read(initial):
+        return memory_caching(q, k, q, step=coefficients, initial_state=initial, chunk_length=4, **options)[0]
+
+    start = jnp.asarray([[[1.0, 0.5], [0.2, -1.0]]])
+    change = read(start) - read(jnp.zeros_like(start))
+    writes_errors = not np.allclose(change, jnp.einsum("bthk,hkv->bthv", q, start), atol=1e-5)
+    assert MEMORY_FACTS[name].writes_errors == writes_errors, f"mc_jax/facts.py: writes_errors of {name}"
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
