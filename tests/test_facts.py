@@ -1,6 +1,7 @@
 """What is told of memories and aggregations is so, and told of all of them."""
 
 import dataclasses
+from pathlib import Path
 from typing import get_args
 
 import jax
@@ -22,6 +23,8 @@ from mc_jax.config import (
 from mc_jax.facts import AGGREGATION_FACTS, MEMORY_FACTS, AggregationFacts
 from mc_jax.memories import MEMORIES
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def test_every_memory_and_aggregation_has_functions_and_facts():
     for functions, facts, where in (
@@ -31,6 +34,12 @@ def test_every_memory_and_aggregation_has_functions_and_facts():
         assert list(functions) == list(facts), f"{where} and mc_jax/facts.py name others, or in another order"
     assert get_args(MemoryName) == tuple(MEMORIES)
     assert get_args(AggregationName) == tuple(AGGREGATIONS)
+
+
+@pytest.mark.parametrize("name", [*MEMORIES, *AGGREGATIONS])
+def test_the_mathematics_tell_every_memory_and_aggregation(name):
+    text = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
+    assert f"\n| {name} |" in text, f"docs/math.md has no row for {name}: give its equation and its source"
 
 
 @pytest.mark.parametrize("name", MEMORIES)
