@@ -1,5 +1,6 @@
 """Strictness for every test: no silent dtype or rank promotion, and several devices on the CPU."""
 
+import gc
 import itertools
 import os
 
@@ -39,6 +40,7 @@ def few_programs():
     """Forget compiled programs before there are more than a process may have."""
     if next(_tests_begun) % _TESTS_BETWEEN_LOOKS == 0 and _mappings() > _MOST_MAPPINGS:
         jax.clear_caches()
+        gc.collect()  # some are held by cycles alone
 
 
 def _mappings() -> int:
@@ -97,6 +99,17 @@ def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
         # The longest come first, so that no worker is left with one when the others are done.
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+_OBJECTS_BETWEEN_COLLECTIONS = 20_000
+"""Python looks for cycles after 700 new objects unless told otherwise, and tracing makes millions."""
+
+
+def pytest_collection_finish():
+    """Look for cycles seldom, and never among what was imported."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
 
 
 @pytest.fixture
