@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -19,7 +20,16 @@ from mc_jax.stop_signals import StopSignals
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["training_process", "mc_jax.training.loop", "mc_jax.evaluation.summary", "mc_jax.evaluation._plots"]
+    [
+        "training_process",
+        "mc_jax._commands",
+        "mc_jax.training.loop",
+        "mc_jax.evaluation.summary",
+        "mc_jax.evaluation._plots",
+        "matplotlib.backends.backend_svg",
+        "tensorboardX",
+        "tyro._backends._tyro_backend",
+    ]
 )
 _SECONDS_A_STEP = 0.1  # at least, so that a signal comes between two steps
 
@@ -128,6 +138,7 @@ def _run(
     before: Callable[[], None] | None,
     seconds_a_step: float,
 ) -> None:
+    gc.freeze()  # what was imported is no garbage, and stays shared with the fork server
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     StopSignals().__enter__()  # whose output is there listens
