@@ -1,7 +1,6 @@
 """A memory "ungated" and an aggregation "recent" in use: tests/test_extending.py adds them to a copy."""
 
 import dataclasses
-import functools
 import sys
 
 import jax
@@ -17,7 +16,6 @@ from mc_jax.caching import Storage
 from mc_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig, validate
 from mc_jax.evaluation.dial import turned_config
 from mc_jax.evaluation.sweep.cost import memory_bytes
-from mc_jax.facts import AGGREGATION_FACTS
 from mc_jax.nn import LanguageModel
 from mc_jax.planning.formulas import cached_flops, memory_flops
 from mc_jax.training.run import drawing
@@ -57,15 +55,15 @@ def check_plan(model: ModelConfig) -> None:
 def check_core() -> None:
     keys = iter(jax.random.split(jax.random.key(0), 8))
     q, k, v, u = (jax.random.normal(next(keys), (1, LENGTH, 2, 3)) / 2 for _ in range(4))
-    step = jax.nn.sigmoid(q[..., 0])
 
-    def read(**settings) -> jax.Array:
-        routed = {"u": u} if AGGREGATION_FACTS[settings["aggregation"]].uses_router else {}
-        call = functools.partial(memory_caching, segment_length=4, chunk_length=2, **settings)
-        return jax.jit(call)(q, k, v, step=step, **routed)[0]
+    @jax.jit
+    def read() -> list[jax.Array]:
+        given = {"step": jax.nn.sigmoid(q[..., 0]), "segment_length": 4, "chunk_length": 2}
+        recent = {"memory": "ungated", "aggregation": "recent"}
+        ways = ({"aggregation": "gated"}, recent | {"top_k": 99}, recent | {"top_k": 1})
+        return [memory_caching(q, k, v, u, **given, **settings)[0] for settings in ways]
 
-    gated = read(aggregation="gated")
-    all_read, last_read = (read(memory="ungated", aggregation="recent", top_k=top_k) for top_k in (99, 1))
+    gated, all_read, last_read = read()
     np.testing.assert_allclose(all_read, gated, rtol=1e-6, atol=1e-6)
     differ = np.abs(np.asarray(last_read - gated)).max(axis=(0, 2, 3)) > 1e-6
     assert list(differ) == [False] * 8 + [True] * 6, "from the third segment on a memory is not read"
