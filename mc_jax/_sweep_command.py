@@ -48,7 +48,7 @@ class SweepArguments:
     aggregation: tuple[AggregationName, ...] = ()
     """How the online and the cached memories are read together; "none" turns the caches off."""
     top_k: tuple[int, ...] = ()
-    """Cached memories that "sparse" and "average" read."""
+    """Cached memories that "sparse", "average" and "null" read."""
     segmentation: tuple[Segmentation, ...] = ()
     """Every segment is a memory, or a token's segments are grouped by the digits of their number."""
     mode: tuple[Literal["windows", "last-k", "by-position", "stream"], ...] = ("windows",)

@@ -39,6 +39,8 @@ class AggregationFacts:
     """Training may go from reading all cached memories to top_k, which is then traced."""
     mixes_weights: bool = False
     """The gates weigh the memories' weights, and not what is read from them."""
+    has_null: bool = False
+    """The online memory is read whole; the softmax weighs cached ones with a null, which reads nothing."""
     reads_groups: bool = False
     """It is the softmax over all memories that logarithmic segmentation takes over its groups."""
 
@@ -57,6 +59,7 @@ AGGREGATION_FACTS: dict[str, AggregationFacts] = {
     "soup": AggregationFacts(uses_router=True, mixes_weights=True),
     "sparse": AggregationFacts(uses_router=True, top_k="always", can_anneal=True),
     "average": AggregationFacts(top_k="always"),
+    "null": AggregationFacts(uses_router=True, top_k="optional", can_anneal=True, has_null=True),
 }
 
 if TYPE_CHECKING:  # no checker of types knows the names of a table: `validate` does

@@ -23,7 +23,7 @@ class ModelDial:
     aggregation: AggregationName | None = None
     """How the online and the cached memories are read together; "none" turns the caches off."""
     top_k: int | None = None
-    """Cached memories that "sparse" and "average" read."""
+    """Cached memories that "sparse", "average" and "null" read."""
     segmentation: Segmentation | None = None
     """Every segment is a memory, or a token's segments are grouped by the digits of their number."""
 

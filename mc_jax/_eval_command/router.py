@@ -83,7 +83,9 @@ def _print(found: "InspectedText") -> None:
     for place, layer in enumerate(inspection.layers):
         title = f"layer {layer}: share of the reading, by segment"
         caption = f"entropy {entropy[place]:.2f} nats, {relative[place]:.0%} of that of equal shares"
-        table = Table("positions", *columns, "online", title=title, caption=caption, min_width=len(caption))
+        table = Table(
+            "positions", *columns, inspection.rest, title=title, caption=caption, min_width=len(caption)
+        )
         for (start, stop), shares in zip(blocks.positions, blocks.shares[place], strict=True):
             # Nobody reads a segment that has not ended.
             cached = (

@@ -53,16 +53,17 @@ def memory_caching(
       v: values [batch, length, heads, value_dim].
       u: router queries [batch, length, heads, router_dim]; None only where the aggregation has no router.
       memory: the recurrence: "linear", "swla", "delta", "dla" or "titans".
-      aggregation: how the memories are read: "none", "residual", "gated", "soup", "sparse" or "average".
+      aggregation: how the memories are read: "none", "residual", "gated", "soup", "sparse", "average"
+        or "null".
       segment_length: tokens after which the state is cached; the last segment may be short.
       segmentation: "constant" (every segment is a memory), or "logarithmic" (a token's segments are grouped
         by the binary digits of their number; with "gated").
       segment_init: "checkpoint" (a segment goes on from the last state) or "independent".
       router_keys: what is pooled over a segment [batch, length, heads, router_dim]; None: k.
       router_blocks: a segment's score is the best of its `router_blocks` parts' means; 1: the paper's.
-      top_k: cached memories that "sparse" and "average" read.
-      online_logit: a learned logit for the online memory [batch, length, heads]; None: the score of the
-        running mean of router keys over the segment so far.
+      top_k: cached memories that "sparse" and "average" read, and "null", where None is all.
+      online_logit: a learned logit for the online memory, or for the null [batch, length, heads]; None: the
+        score of the running mean of router keys over the segment so far.
       retention: a_t [batch, length, heads] in (0, 1]; None: 1.
       momentum: m_t [batch, length, heads] in [0, 1), of "titans"; None: 0.
       step: h_t [batch, length, heads]; None: 1.
@@ -74,8 +75,8 @@ def memory_caching(
         [heads, key_dim, hidden], [heads, hidden, value_dim]; a leading batch axis is allowed; None: zeros.
       chunk_length: tokens handled together by matrix products; divides segment_length. The gradients of
         "titans", and of MLPs, are taken at the state that a chunk starts from.
-      selected_read: how "sparse" reads: "dense" (all cached memories, most with a gate of 0) or "grouped"
-        (tokens that read the same one together); None: what is faster for so many memories.
+      selected_read: how "sparse", and "null" with top_k, read: "dense" (all cached memories, most with a
+        gate of 0) or "grouped" (tokens that read the same one together); None: what is faster for so many.
       branch: what an MLP adds to its query: "bounded" stays finite, "plain" is the paper's and may grow
         without bound; None: "bounded", or that the memory is a matrix.
       implementation: of the ops beneath; None picks the best for the platform.

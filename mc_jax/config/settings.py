@@ -49,13 +49,14 @@ class ModelConfig:
     chunk_length: int = 64
     """Tokens that are processed together by matrix products; divides segment_length."""
     top_k: int | None = None
-    """Cached memories that "sparse" and "average" read; None with the others."""
+    """Cached memories that "sparse" and "average" read, and "null", where None is all; None otherwise."""
     router_blocks: int = 1
     """A segment's score is the best of this many parts of it; 1 is the paper's mean."""
     router_keys: Literal["inputs", "keys"] = "inputs"
     """What is pooled over a segment to be scored: a learned map of the inputs, or the keys."""
     online_logit: Literal["learned", "running_mean"] = "learned"
-    """The online memory's logit: a learned map of the input, or the score of the segment so far."""
+    """The logit of the online memory, or of "null"'s null: a learned map of the input, or the score of the
+    segment so far."""
     cache_scale: Literal["learned"] | None = None
     """Factor per head on what cached memories change of a read: "learned" from 0, with which a memory that is
     added to a trained model changes nothing at first. None: 1."""

@@ -138,16 +138,18 @@ def router_reads(
     *,
     narrow: bool = False,
     marks: Marks | None = None,
+    rest: str = "online",
 ) -> str:
     """One heat map a layer: how much of each token's reading comes from each memory.
 
     Args:
-      gates: [L, T, S + 1], the online memory last; nan where there is nothing to read yet.
+      gates: [L, T, S + 1], the online memory or the null last; nan where there is nothing to read yet.
       numbers: What the L layers are called.
       segment_length: Tokens of a segment.
       theme: Colours.
       narrow: One map under another, for a narrow page.
       marks: Rows that are framed from a position on; None: none.
+      rest: What the last row is called.
     """
     layers, tokens, cached = gates.shape[0], gates.shape[1], gates.shape[2] - 1
     columns = 1 if layers == 1 or narrow else 2 if layers <= 12 else 3
@@ -161,7 +163,7 @@ def router_reads(
         "norm": PowerNorm(0.5, vmin=0.0, vmax=1.0),
         "interpolation": "nearest",
     }
-    # The online memory's row lies apart, and stays visible over many cached ones.
+    # The last row lies apart, and stays visible over many cached ones.
     height = max(1.0, cached / 12)
     bottom = cached + 0.5 + 0.35 * height
     top = bottom + height
@@ -184,7 +186,7 @@ def router_reads(
                 axes.axvline(boundary, color=theme.grid, linewidth=0.6)
             if marks is not None:
                 _frame(axes, marks, tokens, theme)
-            axes.set_yticks([*numbered, (bottom + top) / 2], [*map(str, numbered), "online"])
+            axes.set_yticks([*numbered, (bottom + top) / 2], [*map(str, numbered), rest])
             axes.xaxis.set_major_locator(MaxNLocator(6 if columns < 3 else 4, integer=True, steps=ROUND))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axes.tick_params(length=0, labelbottom=layer + columns >= layers)

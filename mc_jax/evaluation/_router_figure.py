@@ -11,6 +11,8 @@ import numpy as np
 from mc_jax.evaluation._page import responsive_picture
 from mc_jax.evaluation.needle import NeedleReading
 
+_REST = {"online": "from the online memory", "null": "that the null takes, which reads nothing"}
+
 
 def router_figure(
     plots: Any,
@@ -18,16 +20,19 @@ def router_figure(
     layers: Sequence[int],
     segment_length: int,
     needle: NeedleReading | None = None,
+    *,
+    rest: str,
 ) -> str:
     """HTML of one heat map a layer.
 
     Args:
       plots: the module `_plots`, which takes seconds to import.
-      gates: [L, T, S + 1], each token's shares, the online memory last; at least one segment ends before the
-        last token.
+      gates: [L, T, S + 1], each token's shares, the online memory or the null last; at least one segment
+        ends before the last token.
       layers: what the layers are called.
       segment_length: tokens of a segment.
       needle: what is framed; None: nothing.
+      rest: what the last share is of: "online" or "null".
     """
     tokens = gates.shape[1]
     ended = (tokens - 1) // segment_length
@@ -37,7 +42,7 @@ def router_figure(
     marks = None if needle is None else plots.Marks(needle.segments, needle.asked[0])
     alternative = (
         f"One heat map a layer, layers {layers[0]} to {layers[-1]}: the share of each of {tokens:,} tokens' "
-        f"reading that comes from cached segments 1 to {ended} and from the online memory"
+        f"reading that comes from cached segments 1 to {ended} and {_REST[rest]}"
     )
     caption = (
         "A column is a token, a row a memory: the more the colour stands out from the page, the more of what "
@@ -45,11 +50,13 @@ def router_figure(
         "ended yet. Vertical lines: ends of segments. The colour scale is a square root, so that small "
         "shares show."
     )
+    if rest == "null":
+        caption += " The null reads nothing; the online memory is read beside all of it."
     if needle is not None:
         caption += " Dotted: the segment that holds the needle; framed: where it is asked for."
     return responsive_picture(
         lambda theme, narrow: plots.router_reads(
-            shown, layers, segment_length, theme, narrow=narrow, marks=marks
+            shown, layers, segment_length, theme, narrow=narrow, marks=marks, rest=rest
         ),
         plots,
         alternative,

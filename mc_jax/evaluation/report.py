@@ -28,8 +28,10 @@ class RouterPicture:
     """What a trained router reads over one text."""
 
     gates: np.ndarray
-    """[L, T, S + 1] float: mean over heads of each token's gate on each cached segment, the online memory
-    last; a token's gates sum to 1. S is at least the number of segments that end before the last token."""
+    """[L, T, S + 1] float: mean over heads of each token's shares of cached segments, the online memory or
+    the null last; they add up to 1. S is at least the number of segments that end before the last token."""
+    rest: str
+    """What the last share is of: "online" or "null"."""
     layers: Sequence[int]
     """The numbers, from 1, of the L layers that have a memory."""
     segment_length: int
@@ -163,7 +165,7 @@ def _router(plots: Any, router: RouterPicture | str, metrics: list[dict[str, Any
             "there was no cached memory to read.</p>"
         )
     return (
-        router_figure(plots, router.gates, router.layers, router.segment_length)
+        router_figure(plots, router.gates, router.layers, router.segment_length, rest=router.rest)
         + f"<details><summary>The text that was read</summary><pre>{escape(router.text)}</pre></details>"
         + ("" if router.shares is None else _average(plots, router.shares, metrics))
     )

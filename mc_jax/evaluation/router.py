@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mc_jax.caching.aggregations import shares_of
 from mc_jax.config import ModelConfig
 from mc_jax.evaluation.needle import NeedleReading, Span, find, segments_of
 from mc_jax.evaluation.report import RouterPicture
+from mc_jax.facts import AGGREGATION_FACTS
 from mc_jax.training.router_shares import RouterOnText, RouterShares, has_router, memory_layers
 from mc_jax.training.run import Run
 from mc_jax.training.step import split_model
@@ -30,7 +32,7 @@ class Blocks(NamedTuple):
     segments: tuple[tuple[int, int], ...]
     """First of each of the G groups' segments, from 0, and the one after its last."""
     shares: np.ndarray
-    """[L, P, G + 1], the online memory last."""
+    """[L, P, G + 1], the online memory, or the null, last."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,10 @@ class Inspection:
     segment_length: int
     """Tokens of a segment; the token at position t may read segments 0 to t // segment_length - 1."""
     gates: np.ndarray
-    """[L, T, H, S + 1] float32, each token's shares of the cached segments, the online memory last."""
+    """[L, T, H, S + 1] float32, each token's shares of the cached segments, the online memory or the null
+    last."""
+    rest: str
+    """What the last one is: "online" or "null"."""
     needle: NeedleReading | None
     """How the needle was found, where one was named."""
 
@@ -54,6 +59,7 @@ class Inspection:
         return {
             "tokens": list(self.tokens),
             "layers": list(self.layers),
+            "rest": self.rest,
             "segment_length": self.segment_length,
             "entropy": entropy.tolist(),
             "relative_entropy": relative.tolist(),
@@ -134,6 +140,7 @@ def router_picture(run: Run, shares: RouterShares | None) -> RouterPicture | str
     tokens = store.sequence(0, 0, length)
     return RouterPicture(
         gates=_gates(run, tokens).mean(axis=2),
+        rest=_rest(model),
         layers=memory_layers(model),
         segment_length=model.segment_length,
         text=run.dataset.tokenizer.decode(tokens),
@@ -190,13 +197,19 @@ def inspect_router(run: Run, text: str, needle: Span | None = None, *, asked_tok
         layers=layers,
         segment_length=model.segment_length,
         gates=gates,
+        rest=_rest(model),
         needle=found,
     )
 
 
 def _gates(run: Run, row: np.ndarray) -> np.ndarray:
-    """Shares of a row's tokens [T] as [L, T, H, S + 1], the online memory last."""
+    """Shares of a row's tokens [T] as [L, T, H, S + 1], the online memory, or the null, last."""
     gates = jax.jit(run.model.read_gates)(jnp.asarray(row, jnp.int32)[None])
     assert gates is not None, f"{run.config.model.aggregation!r} gave no gates"
-    shares = np.concatenate([np.asarray(gates.cached), np.asarray(gates.online)[..., None]], axis=-1)[:, 0]
-    return shares / shares.sum(axis=-1, keepdims=True)
+    has_null = AGGREGATION_FACTS[run.config.model.aggregation].has_null
+    cached, rest = shares_of(gates, has_null=has_null)
+    return np.concatenate([np.asarray(cached), np.asarray(rest)[..., None]], axis=-1)[:, 0]
+
+
+def _rest(model: ModelConfig) -> str:
+    return "null" if AGGREGATION_FACTS[model.aggregation].has_null else "online"

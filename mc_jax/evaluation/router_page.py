@@ -71,7 +71,14 @@ def _figure(inspection: Inspection) -> str:
     if len(inspection.tokens) <= inspection.segment_length:
         return "<p>The text fits in one segment: there was no cached memory to read.</p>"
     gates = inspection.gates.mean(axis=2)
-    return router_figure(_plots, gates, inspection.layers, inspection.segment_length, inspection.needle)
+    return router_figure(
+        _plots,
+        gates,
+        inspection.layers,
+        inspection.segment_length,
+        inspection.needle,
+        rest=inspection.rest,
+    )
 
 
 def _layers(inspection: Inspection) -> str:

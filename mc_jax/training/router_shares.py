@@ -1,7 +1,8 @@
 """What a router reads of held-out text: how much of it cached memories, which, and how evenly.
 
-A token's gates, divided by their sum, are its shares. Means are over the tokens that see at least one cached
-memory, in a few windows that are spread evenly over the text and always the same ones.
+A token's gates, divided by their sum, are its shares; where cached memories are weighed with a null, their
+gates are, and the null has what they leave. Means are over the tokens that see at least one cached memory,
+in a few windows that are spread evenly over the text and always the same ones.
 
 Shapes: B windows, T tokens, L layers with a memory, H heads, N cached states, k states that a token selects,
 D ranges of distance.
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.scipy.special import entr
 
-from mc_jax.caching.aggregations import Gates, Selection
+from mc_jax.caching.aggregations import Gates, Selection, shares_of
 from mc_jax.config import Config, ModelConfig
 from mc_jax.data.store import TokenStore
 from mc_jax.data.windows import spread_sequences
@@ -125,10 +126,11 @@ class RouterOnText:
             seen[row, model.segment_length : len(sequence)] = 1.0
         self._batch = {"inputs": inputs, "seen": seen}
         self._distances = distances_to((length - 1) // model.segment_length)
+        has_null = AGGREGATION_FACTS[model.aggregation].has_null
 
         def read(parameters: Parameters, inputs: jax.Array, seen: jax.Array) -> Reading | None:
             def of_layer(gates: Gates | Selection) -> Reading:
-                return _sums(gates, seen, model.segment_length, self._distances)
+                return _sums(gates, seen, model.segment_length, self._distances, has_null=has_null)
 
             return merge_model(graph, parameters).map_gates(inputs, of_layer)
 
@@ -186,7 +188,12 @@ def distances_to(farthest: int) -> tuple[tuple[int, int], ...]:
 
 
 def _sums(
-    gates: Gates | Selection, seen: jax.Array, segment_length: int, distances: tuple[tuple[int, int], ...]
+    gates: Gates | Selection,
+    seen: jax.Array,
+    segment_length: int,
+    distances: tuple[tuple[int, int], ...],
+    *,
+    has_null: bool,
 ) -> Reading:
     """Sums over tokens, [H] and by distance [H, D], of one layer.
 
@@ -195,16 +202,16 @@ def _sums(
       seen: [B, T], 1 at tokens that count.
       segment_length: tokens of a segment.
       distances: the D ranges.
+      has_null: the cached memories are weighed with a null, and not with the online memory.
     """
-    total = gates.online + jnp.sum(gates.cached, axis=-1)
-    online, cached = gates.online / total, gates.cached / total[..., None]  # [B, T, H], [B, T, H, N or k]
+    cached, rest = shares_of(gates, has_null=has_null)  # [B, T, H, N or k], [B, T, H]
     ended = jnp.arange(seen.shape[1], dtype=jnp.int32) // segment_length  # [T]
     if isinstance(gates, Selection):
         states = gates.indices
     else:
         states = jnp.arange(cached.shape[-1], dtype=jnp.int32)[None, None, None]
     distance = ended[None, :, None, None] - states  # [1 or B, T, 1 or H, N or k]
-    entropy = entr(online) + jnp.sum(entr(cached), axis=-1)
+    entropy = entr(rest) + jnp.sum(entr(cached), axis=-1)
     even = jnp.log1p(jnp.maximum(ended, 1).astype(entropy.dtype))
 
     def over_tokens(values: jax.Array) -> jax.Array:

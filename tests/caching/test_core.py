@@ -31,6 +31,7 @@ def check_agreement(settings, found, tolerance=1e-9, gradient_tolerance=1e-7):
     fixed = {name: value for name, value in found.items() if name == "document_ids"}
     moving = {name: value for name, value in found.items() if name != "document_ids"}
     y_like = found["v"]
+    meaning = {name: value for name, value in settings.items() if name != "selected_read"}
     weights = jax.random.normal(jax.random.key(1), y_like.shape, y_like.dtype)
 
     def ours(moving):
@@ -41,7 +42,7 @@ def check_agreement(settings, found, tolerance=1e-9, gradient_tolerance=1e-7):
         u = moving.get("u", jnp.zeros((*y_like.shape[:3], ROUTER), y_like.dtype))
         rest = {name: value for name, value in moving.items() if name not in ("q", "k", "v", "u")}
         y, states, pooled = memory_caching_reference(
-            moving["q"], moving["k"], moving["v"], u, **rest, **fixed, **settings
+            moving["q"], moving["k"], moving["v"], u, **rest, **fixed, **meaning
         )
         return jnp.sum(jnp.sin(y) * weights), (y, states, pooled)
 
@@ -116,6 +117,9 @@ def test_packed_documents_agree_with_the_reference(memory, mlp):
         ("keys", {"aggregation": "sparse", "top_k": 1}, False),
         ("inputs", {"aggregation": "gated", "router_blocks": 4}, False),
         ("keys", {"aggregation": "sparse", "top_k": 2, "router_blocks": 2}, True),
+        ("keys", {"aggregation": "null", "router_blocks": 2}, True),
+        ("inputs", {"aggregation": "null", "top_k": 1, "selected_read": "grouped"}, False),
+        ("inputs", {"aggregation": "null", "top_k": 2, "selected_read": "dense"}, True),
         ("inputs", {"aggregation": "gated", "segmentation": "logarithmic"}, False),
         ("inputs", {"aggregation": "gated", "segmentation": "logarithmic"}, True),
         ("inputs", _LOGARITHMIC_SUMS, False),

@@ -37,7 +37,7 @@ def assert_same(got, expected):
     np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("aggregation", ["residual", "gated", "soup", "sparse", "average"])
+@pytest.mark.parametrize("aggregation", [name for name in AGGREGATIONS if name != "none"])
 def test_within_one_segment_every_aggregation_is_the_base_memory(aggregation):
     found = arguments("linear", False, aggregation, length=LENGTH)
     expected = read("linear", "none", found=without_router(found), segment_length=32)
@@ -54,6 +54,25 @@ def test_a_sparse_read_of_as_many_memories_as_there_are_is_the_gated_read():
     expected = read("linear", "gated")
     for form in (3, 9):
         assert_same(read("linear", "sparse", top_k=form), expected)
+
+
+def test_beside_a_null_the_online_memory_is_read_whole_and_the_cached_ones_as_if_gated():
+    found = arguments("delta", False, "null", length=LENGTH)
+    online = read("delta", "none", found=without_router(found))
+    takes_all = {**found, "online_logit": jnp.full_like(found["online_logit"], 1e4)}
+    assert_same(read("delta", "null", found=takes_all), online)
+    # With no weight on the online memory, what is gated is the cached ones alone; the first segment has none.
+    takes_nothing = {**found, "online_logit": jnp.full_like(found["online_logit"], -1e4)}
+    gated, null = (read("delta", name, found=takes_nothing) for name in ("gated", "null"))
+    assert_same(null[:, SEGMENT:], (online + gated)[:, SEGMENT:])
+
+
+def test_a_read_beside_a_null_of_as_many_memories_as_there_are_is_that_of_all():
+    expected = read("linear", "null")
+    for top_k in (3, 9):
+        assert_same(read("linear", "null", top_k=top_k), expected)
+    fewer = read("linear", "null", top_k=1)
+    assert np.max(np.abs(fewer - expected)) > 1e-3
 
 
 def test_a_residual_read_of_linear_memories_is_one_read_of_their_sum():

@@ -25,6 +25,7 @@ def _router():
     gates /= gates.sum(axis=-1, keepdims=True)
     return RouterPicture(
         gates=gates,
+        rest="online",
         layers=[1, 3, 4],
         segment_length=SEGMENT_LENGTH,
         text="a <text> that was read",
@@ -179,7 +180,7 @@ def test_without_router_held_out_text_or_settings_the_report_says_so(tmp_path):
 def test_a_text_of_one_segment_has_nothing_to_read(tmp_path):
     gates = np.ones((LAYERS, SEGMENT_LENGTH, 2), np.float32) * np.array([0.0, 1.0], np.float32)[None, None, :]
     router = RouterPicture(
-        gates=gates, layers=[1, 2, 3], segment_length=SEGMENT_LENGTH, text="short", shares=None
+        gates=gates, rest="online", layers=[1, 2, 3], segment_length=SEGMENT_LENGTH, text="short", shares=None
     )
     page = HtmlPage(_write(tmp_path / "run", router=router, metrics=[]).read_text())
     assert "fits in one segment" in page.text

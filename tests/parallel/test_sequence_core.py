@@ -75,7 +75,7 @@ def slow(*case):
     [
         slow("linear", False, {"aggregation": "gated"}, "inputs"),
         ("swla", False, {"aggregation": "sparse", "top_k": 1, "router_blocks": 2}, "inputs"),
-        ("delta", False, {"aggregation": "sparse", "top_k": 2, "selected_read": "dense"}, "keys"),
+        ("delta", False, {"aggregation": "null", "top_k": 2, "selected_read": "dense"}, "keys"),
         slow("titans", False, {"aggregation": "average", "top_k": 2}, "inputs"),
         slow("dla", True, {"aggregation": "residual", "segment_init": "independent"}, "inputs"),
         ("titans", True, {"aggregation": "soup"}, "inputs"),

@@ -57,7 +57,7 @@ def memory_caching_reference(
     u: Array,
     *,
     memory: Literal["linear", "swla", "delta", "dla", "titans"],
-    aggregation: Literal["none", "residual", "gated", "soup", "sparse", "average"],
+    aggregation: Literal["none", "residual", "gated", "soup", "sparse", "average", "null"],
     segment_length: int,
     segmentation: Literal["constant", "logarithmic"] = "constant",
     segment_init: Literal["checkpoint", "independent"] = "checkpoint",
@@ -84,8 +84,8 @@ def memory_caching_reference(
       segmentation: "constant", or "logarithmic": segments grouped by the binary digits of their number.
       segment_init: a segment goes on from the last one's state, or starts from `initial_state`.
       router_keys: [B, T, H, R], what is pooled; None: k.
-      top_k: cached memories that "sparse" and "average" read.
-      online_logit: [B, T, H]; None: <u, running mean of the router keys over the segment>.
+      top_k: cached memories that "sparse" and "average" read; those of "null", or None: all.
+      online_logit: [B, T, H], of "null" the null's; None: <u, running mean of its segment's router keys>.
       retention, momentum, step, previous_step: [B, T, H]; None: 1, 0, 1, 0.
       document_ids: [B, T] int, nondecreasing; None: a row is one document.
       initial_state: [H, K, V] or [B, H, K, V]; for an MLP the pair [.., H, K, E], [.., H, E, V]; None: zeros.
@@ -102,7 +102,7 @@ def memory_caching_reference(
     """
     for name, value, known in (
         ("memory", memory, ("linear", "swla", "delta", "dla", "titans")),
-        ("aggregation", aggregation, ("none", "residual", "gated", "soup", "sparse", "average")),
+        ("aggregation", aggregation, ("none", "residual", "gated", "soup", "sparse", "average", "null")),
         ("segmentation", segmentation, ("constant", "logarithmic")),
         ("segment_init", segment_init, ("checkpoint", "independent")),
     ):
@@ -169,6 +169,7 @@ def memory_caching_reference(
         group_states,
         document,
         0 if top_k is None else top_k,
+        selects=top_k is not None,
         aggregation=aggregation,
         segmentation=segmentation,
         segment_length=segment_length,
@@ -249,7 +250,8 @@ def _write(online: Online, token: Written, memory: str, branch: str | None) -> t
 
 
 @functools.partial(
-    jax.jit, static_argnames=("aggregation", "segmentation", "segment_length", "router_blocks", "branch")
+    jax.jit,
+    static_argnames=("aggregation", "segmentation", "segment_length", "router_blocks", "branch", "selects"),
 )
 def _read_all(
     asked: Asked,
@@ -281,6 +283,7 @@ def _read_row(
     segment_length: int,
     router_blocks: int,
     branch: str | None,
+    selects: bool,
 ) -> tuple[Array, Array]:
     """One row and head: y [T, V], pooled router keys [S, R]."""
     length = document.shape[0]
@@ -316,7 +319,7 @@ def _read_row(
         return jnp.minimum(first, num_segments - 1), jnp.minimum(last, num_segments - 1), exists
 
     def gates_of(t: Array, first: Array, last: Array, exists: Array) -> tuple[Array, Array]:
-        """Gates of the cached memories [N] and of the online one []."""
+        """Gates of the cached memories [N] and of the online one, or of the null, []."""
         if aggregation == "average":
             kept = exists & (_number_newer(exists) < top_k)
             online_gate = 1 / (1 + kept.sum()).astype(router_key.dtype)
@@ -325,7 +328,7 @@ def _read_row(
         means, filled = jax.vmap(pooled_blocks, in_axes=(0, 0, None))(first, last, router_blocks)
         scores = jnp.where(filled, means @ asked.u[t], -jnp.inf).max(axis=1)  # [N]
         kept = exists
-        if aggregation == "sparse":
+        if aggregation == "sparse" or (aggregation == "null" and selects):
             kept = exists & (_rank(scores, exists) < top_k)
         if asked.online_logit is None:
             so_far = (segment == segment[t]) & (document == document[t]) & (position <= t)
@@ -352,6 +355,9 @@ def _read_row(
         if aggregation == "soup":
             mixed = tree_map(lambda ws, w: jnp.tensordot(gates, ws, axes=1) + online_gate * w, cached, online)
             return _read_memory(mixed, q, branch)
+        if aggregation == "null":
+            branches = jax.vmap(lambda w: _branch(w, q, branch))(cached)  # [N, V]
+            return _read_memory(online, q, branch) + gates @ branches
         outputs = jax.vmap(lambda w: _read_memory(w, q, branch))(cached)  # [N, V]
         return gates @ outputs + online_gate * _read_memory(online, q, branch)
 

@@ -22,6 +22,9 @@ MODELS = {
     "gated": {"layer_pattern": ("memory", "attention"), "num_layers": 4},
     "sparse, few states": {"aggregation": "sparse", "top_k": 2},
     "sparse, grouped": {"aggregation": "sparse", "top_k": 1},
+    "scaled": {"cache_scale": "learned"},
+    "null": {"aggregation": "null"},
+    "null, grouped": {"aggregation": "null", "top_k": 1},
     "logarithmic": {"segmentation": "logarithmic", "segment_init": "independent"},
 }
 
@@ -49,12 +52,13 @@ def _parameters(config):
     key = jax.random.key(1)
 
     def draw(path, x):
-        return jax.random.normal(key, x.shape) if "router_query" in jax.tree_util.keystr(path) else x
+        drawn = any(name in jax.tree_util.keystr(path) for name in ("router_query", "cache_scale"))
+        return jax.random.normal(key, x.shape) if drawn else x
 
     return graph, jax.tree_util.tree_map_with_path(draw, state.parameters)
 
 
-def _by_loop(gates, lengths, distances):
+def _by_loop(gates, lengths, distances, has_null):
     """Of dense gates: the four of a reading, the even shares by distance, and the number of tokens."""
     layers, _, _, heads, states = gates.cached.shape
     found = [np.zeros((layers, heads)) for _ in range(3)] + [np.zeros((layers, heads, len(distances)))]
@@ -68,10 +72,10 @@ def _by_loop(gates, lengths, distances):
             for layer in range(layers):
                 for head in range(heads):
                     place = layer, head
-                    shares = np.array(
-                        [*gates.cached[layer, row, token, head], gates.online[layer, row, token, head]]
-                    )
-                    shares = shares.astype(np.float64) / shares.sum()
+                    shares = gates.cached[layer, row, token, head].astype(np.float64)
+                    online = gates.online[layer, row, token, head]
+                    shares = np.abs([*shares, 1 - shares.sum() if has_null else online])
+                    shares /= shares.sum()
                     entropy = -sum(share * math.log(share) for share in shares if share > 0)
                     found[0][place] += 1 - shares[-1]
                     found[1][place] += entropy
@@ -93,7 +97,7 @@ def test_shares_and_entropies_are_those_of_a_loop_over_tokens_and_memories(name,
     lengths = [len(row) for row in rows]
     tokens = np.stack([np.pad(row, (0, LENGTH - len(row))) for row in rows])
     gates = jax.device_get(jax.jit(merge_model(graph, parameters).read_gates)(tokens))
-    expected, even, count = _by_loop(gates, lengths, shares.distances)
+    expected, even, count = _by_loop(gates, lengths, shares.distances, name.startswith("null"))
     assert shares.tokens == count
     assert shares.layers == ((1, 3) if name == "gated" else (1,))
     for field, found, wanted in zip(shares.reading._fields, shares.reading, expected, strict=True):

@@ -42,7 +42,16 @@ class Scores(NamedTuple):
     cached: jax.Array
     """[B, T, H, N]."""
     online: jax.Array
-    """[B, T, H]."""
+    """[B, T, H], of the online memory, or of the null that the cached ones are weighed with."""
+
+
+class Shares(NamedTuple):
+    """How a token's reading is divided: what adds up to 1."""
+
+    cached: jax.Array
+    """[B, T, H, N] of the cached states, or [B, T, H, k] of the selected ones."""
+    rest: jax.Array
+    """[B, T, H] of the online memory, or of the null."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +62,18 @@ class Aggregation:
     """(Scores or None, eligible [B, T, N], top_k or None) -> Gates; None: no cache is read."""
     select: Callable[[Scores, jax.Array, int], Selection] | None = None
     """The same as the few states that are read, with a top_k; None where all are."""
+
+
+def shares_of(gates: Gates | Selection, *, has_null: bool) -> Shares:
+    """A token's gates as shares; a null has what the gates of the cached memories leave of 1.
+
+    Their sizes alone count: a learned scale of less than 0 reads a memory with the sign changed.
+    """
+    cached = jnp.abs(gates.cached)
+    read = jnp.sum(cached, axis=-1)
+    rest = jnp.maximum(1 - read, 0) if has_null else jnp.abs(gates.online)
+    total = read + rest
+    return Shares(cached / total[..., None], rest / total)
 
 
 def softmax_gates(scores: Scores, readable: jax.Array) -> Gates:
