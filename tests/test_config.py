@@ -38,6 +38,7 @@ FIELDS = (
     "training.accumulation",
     "training.optimizer",
     "training.learning_rate",
+    "training.learning_rate_factors",
     "training.schedule",
     "training.warmup_steps",
     "training.decay_steps",
@@ -139,6 +140,15 @@ def test_the_default_config_is_valid():
             "training.compute_dtype is 'float16'; set it to 'float32' or 'bfloat16' or None",
         ),
         ({"training__learning_rate": 0.0}, "training.learning_rate is 0.0; set it above 0"),
+        (
+            {"training__learning_rate_factors": ("mlp=0",)},
+            "training.learning_rate_factors has 'mlp=0'; write PATTERN=FACTOR with a factor above 0, "
+            "for example router_query=10",
+        ),
+        (
+            {"training__learning_rate_factors": ("mlp=2", "mlp=3")},
+            "training.learning_rate_factors has mlp twice; leave one out",
+        ),
         (
             {"training__learning_rate": float("nan")},
             "training.learning_rate is nan; set it to a finite number",

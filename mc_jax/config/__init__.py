@@ -15,6 +15,7 @@ from mc_jax.config.settings import (
     SegmentInit,
     TrainingConfig,
     document_alignment,
+    learning_rate_factors,
 )
 from mc_jax.facts import AggregationName, MemoryName
 
@@ -37,6 +38,7 @@ __all__ = [
     "document_alignment",
     "from_dict",
     "from_json",
+    "learning_rate_factors",
     "to_dict",
     "to_flat_dict",
     "to_json",

@@ -5,7 +5,13 @@ import math
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
-from mc_jax.config.settings import Config, ConfigError, ModelConfig, document_alignment
+from mc_jax.config.settings import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    document_alignment,
+    learning_rate_factors,
+)
 from mc_jax.facts import AGGREGATION_FACTS, MEMORY_FACTS, names_with
 
 
@@ -60,6 +66,7 @@ def validate(config: Config) -> Config:
             f"training.final_learning_rate {training.final_learning_rate} has no effect with {schedule}; "
             "set it to 0"
         )
+    learning_rate_factors(training)
     for name in ("learning_rate", "gradient_clip"):
         if getattr(training, name) <= 0:
             raise ConfigError(f"training.{name} is {getattr(training, name)}; set it above 0")

@@ -5,6 +5,7 @@ overrides single fields (`--model.segment-length 128`).
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from mc_jax.facts import MEMORY_FACTS, AggregationName, MemoryName
@@ -98,6 +99,9 @@ class TrainingConfig:
     """"muon" takes the maps within blocks, and AdamW the rest; both at one learning rate."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    learning_rate_factors: tuple[str, ...] | None = None
+    """Parts with a learning rate of their own: "PATTERN=FACTOR", for example "router_query=10 mlp=0.1"; the
+    factor is of the scheduled rate, weight decay included. None: one rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: a cosine to the end, the peak with a linear decay at the end, or the peak."""
     warmup_steps: int = 100
@@ -176,6 +180,30 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def learning_rate_factors(training: TrainingConfig) -> dict[str, float]:
+    """The factors of the learning rate by the patterns of the parts that have one.
+
+    Raises:
+      ConfigError: one is no "PATTERN=FACTOR", its factor is not above 0, or its pattern has two.
+    """
+    name, factors = "training.learning_rate_factors", dict[str, float]()
+    for entry in training.learning_rate_factors or ():
+        pattern, _, text = entry.rpartition("=")
+        try:
+            factor = float(text)
+        except ValueError:
+            factor = math.nan
+        if not pattern or not 0 < factor < math.inf:
+            raise ConfigError(
+                f"{name} has {entry!r}; write PATTERN=FACTOR with a factor above 0, "
+                "for example router_query=10"
+            )
+        if pattern in factors:
+            raise ConfigError(f"{name} has {pattern} twice; leave one out")
+        factors[pattern] = factor
+    return factors
 
 
 def document_alignment(model: ModelConfig) -> int:

@@ -55,7 +55,7 @@ def train(
     settings = config.training
     is_first = jax.process_index() == 0
     part = trained_part(settings)
-    if part is not None:  # patterns are for parameters, whatever the vocabulary
+    if part is not None or settings.learning_rate_factors:  # patterns match whatever the vocabulary
         jax.eval_shape(run.drawing(config, vocab_size=1)[1])
     with (
         opened(run_dir, config, overwrite=overwrite, init=init) as folder,

@@ -10,7 +10,8 @@ import jax
 import optax
 import optax.contrib
 
-from mc_jax.config import Config, TrainingConfig
+from mc_jax.config import Config, TrainingConfig, learning_rate_factors
+from mc_jax.training.factors import with_factors
 
 _MATRICES = ("kernel", "embedding")
 # Root mean square of Muon's updates: about that of AdamW's, whose learning rate then fits (arXiv:2502.16982).
@@ -24,7 +25,8 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
 
     "muon" makes the momentum of each layer's wide maps orthogonal (arXiv:2502.16982; momentum 0.95, Nesterov)
     and leaves embeddings, output map, vectors and what is narrow to AdamW. Weight decay is decoupled and
-    falls on matrices alone: not on biases, norms, rates or convolution taps.
+    falls on matrices alone: not on biases, norms, rates or convolution taps. Updates have the
+    `learning_rate_factors` of their parameters in them.
     """
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=1e-8)
     scale = adam
@@ -34,11 +36,12 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
             optax.stateless(lambda updates, _: jax.tree.map(_of_muon_size, updates)),
         )
         scale = optax.partition({"muon": muon, "adam": adam}, _labels)
-    return optax.chain(
+    whole = optax.chain(
         optax.clip_by_global_norm(config.gradient_clip),
         scale,
         optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
     )
+    return with_factors(whole, learning_rate_factors(config))
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
