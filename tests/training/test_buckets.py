@@ -1,7 +1,10 @@
 """Runs in buckets: an object is written whole, and its path is no folder's."""
 
+import dataclasses
 import importlib
 import os
+import pathlib
+import tarfile
 import warnings
 
 import pytest
@@ -9,6 +12,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from run_folders import names, open_once
 
+from mc_jax.data.dataset import open_data
 from mc_jax.training import checkpoint, lock, metrics, run_folder
 from mc_jax.training._buckets import GrowingFile
 from mc_jax.training.checkpoint.digest import (
@@ -20,7 +24,11 @@ from mc_jax.training.checkpoint.digest import (
     write_digest,
 )
 from mc_jax.training.checkpoint.folder import Kind, delete_step, keep_digests_after, kind_of, steps_in
+from mc_jax.training.checkpoint.reading import saved_shapes
+from mc_jax.training.initial import Init, examine, find_source, must_be_there, settings_of, weights
 from mc_jax.training.metrics import MetricsLog, read_metrics
+
+GOLDEN = pathlib.Path(__file__).parent / "golden_run.tar.xz"
 
 
 class Bucket(MemoryFileSystem):
@@ -35,6 +43,10 @@ class Bucket(MemoryFileSystem):
             warnings.warn("append mode is not supported in a bucket", stacklevel=2)
             mode = mode.replace("a", "w")
         return super()._open(path, mode, **options)
+
+    def glob(self, path, **options):
+        """Paths that begin with the bucket's name."""
+        return [found.lstrip("/").removeprefix("gs:/") for found in super().glob(path, **options)]
 
 
 @pytest.fixture
@@ -141,3 +153,30 @@ def test_a_run_in_a_bucket_is_begun_gone_on_with_and_overwritten(bucket, config,
     for overwrite in (False, False, True, True):
         assert open_once(bucket, config, overwrite=overwrite) == 0
         assert names(bucket) == files
+
+
+def test_a_run_in_a_bucket_is_found_checked_and_begun_with(bucket, config, tmp_path, monkeypatch):
+    there = tmp_path / "golden"
+    with tarfile.open(GOLDEN) as archive:
+        archive.extractall(there, filter="data")
+    for file in (file for file in there.rglob("*") if file.is_file()):
+        copy = bucket / str(file.relative_to(there))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    # Orbax reads buckets past fsspec.
+    monkeypatch.setattr(
+        weights, "saved_shapes", lambda folder: saved_shapes(epath.Path(there) / "checkpoints" / folder.name)
+    )
+    for path, kind in ((bucket, "run folder"), (bucket / "checkpoints" / "3", "checkpoint")):
+        assert settings_of(str(path), None).model == find_source(there).config.model
+        source = find_source(path)
+        dataset = open_data(config.data, None)
+        new = dataclasses.replace(config, model=source.config.model)
+        provenance = examine(Init(path=str(path)), new, dataset)
+        assert (provenance.kind, provenance.run, provenance.step) == (kind, "gs://bucket/run", 3)
+        assert provenance.summary().startswith(f"{path} ({kind}, step 3): weights alone")
+        must_be_there(provenance)
+    file = bucket / "checkpoints" / "3" / "state" / "_METADATA"
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="step 3 is no use"):
+        examine(Init(path=str(bucket)), new, dataset)
