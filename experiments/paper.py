@@ -6,7 +6,8 @@ A name is paper-SIZE-MEMORY-AGGREGATION or paper-SIZE-transformer, for example p
 - SIZE: 170m (12 layers of 768, 16 heads, learning rate 3e-3, 15 B tokens), 340m (24 of 1,024, 16 heads,
   1.5e-3, 15 B), 760m (24 of 1,536, 16 heads, 1.25e-3, 30 B), 1.3b (18 of 2,048, 8 heads, 7e-4, 100 B).
 - MEMORY: linear, swla (matrices), dla, titans (MLPs).
-- AGGREGATION: none, gated, soup, sparse (the best 2); segments of 256 tokens, each going on from the last.
+- AGGREGATION: none, gated, soup, sparse (the best 2), and null, of its successor (arXiv:2608.12435); segments
+  of 256 tokens, each going on from the last.
 
 The paper tells no MLP width. Here it is what brings a model to its size's parameters: the router's two maps,
 the output gate and what MLP memories start from are paid for by the MLP, so all members of a size compare as
@@ -46,7 +47,7 @@ VOCABULARY = 32_000
 TOKENS_PER_STEP = 2**19
 
 _MEMORIES: tuple[MemoryName, ...] = ("linear", "swla", "dla", "titans")
-_AGGREGATIONS: tuple[AggregationName, ...] = ("none", "gated", "soup", "sparse")
+_AGGREGATIONS: tuple[AggregationName, ...] = ("none", "gated", "soup", "sparse", "null")
 _WIDTHS_OF = 128
 
 

@@ -37,7 +37,7 @@ from mc_jax.training.metrics import read_metrics
 def _cases() -> dict[str, Config]:
     """A diagonal of the paper's table, Transformer++, and the quickstart with one thing or two turned."""
     members = paper.configs()
-    names = ("linear-none", "swla-sparse", "dla-soup", "titans-gated", "transformer")
+    names = ("linear-none", "swla-sparse", "dla-soup", "titans-null", "transformer")
     cases = {f"paper-170m-{name}": members[f"170m-{name}"] for name in names}
     for changes in (
         # With the router's settings left as they are.

@@ -11,7 +11,7 @@ MEMBERS = configs()
 
 
 def test_every_memory_and_aggregation_is_there_at_every_size():
-    assert len(MEMBERS) == 4 * (4 * 4 + 1) * 2
+    assert len(MEMBERS) == 4 * (4 * 5 + 1) * 2
 
 
 @pytest.mark.parametrize("mixer", ["linear-none", "swla-gated", "dla-soup", "titans-sparse", "transformer"])
