@@ -48,6 +48,7 @@ FIELDS = (
     "training.beta2",
     "training.train",
     "training.freeze",
+    "training.adapter_rank",
     "training.top_k_anneal_steps",
     "training.gradient_clip",
     "training.compute_dtype",

@@ -44,6 +44,11 @@ def validate(config: Config) -> Config:
         if AGGREGATION_FACTS[model.aggregation].can_anneal:
             reason, cure = "model.top_k None", "model.top_k to 1 or more"
         raise ConfigError(f"training.top_k_anneal_steps has no effect with {reason}; set it to 0, or {cure}")
+    if training.adapter_rank is not None and training.optimizer != "adamw":
+        raise ConfigError(
+            f"training.optimizer {training.optimizer!r} has no effect on training.adapter_rank "
+            f"{training.adapter_rank}, for it takes whole maps; set it to 'adamw'"
+        )
     align = document_alignment(model)
     _must_divide("model.chunk_length", align, "data.context_length", data.context_length)
     _must_divide("training.accumulation", training.accumulation, "training.batch_size", training.batch_size)

@@ -120,6 +120,9 @@ class TrainingConfig:
     """Patterns of the parameters that are trained ("router_query", "blocks_0", "mixer.*"); None: all."""
     freeze: tuple[str, ...] | None = None
     """Patterns of parameters that are not, though `train` may have them; None: none."""
+    adapter_rank: int | None = None
+    """Rank of low-rank adapters beside the wide maps of the blocks, trained in place of the maps, on weights
+    of `--init`; `train` names what is trained whole beside them, `freeze` maps that get none. None: none."""
     top_k_anneal_steps: int = 0
     """Steps over which "sparse" goes from reading all cached memories to top_k; 0: top_k from the start."""
     gradient_clip: float = 1.0

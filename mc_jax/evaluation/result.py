@@ -19,7 +19,7 @@ from mc_jax.data.files import write_json
 from mc_jax.training.checkpoint.digest import hash_of_digests
 from mc_jax.training.checkpoint.folder import CHECKPOINTS_FOLDER
 from mc_jax.training.router_shares import RouterShares
-from mc_jax.training.run import CONFIG_FILE, Run
+from mc_jax.training.run import CONFIG_FILE, ParameterCounts, Run
 from mc_jax.training.seal import make_seal
 
 RESULT_FILE = "result.json"
@@ -31,7 +31,7 @@ def write_result(
     run: Run,
     held_out: dict[str, float] | None,
     metrics: list[dict[str, Any]],
-    parameters: int,
+    parameters: ParameterCounts,
     router: RouterShares | None,
 ) -> epath.Path:
     """Write `result.json` into a run's folder, whole or not at all.
@@ -40,7 +40,7 @@ def write_result(
       run: as it was read back.
       held_out: as `evaluate_held_out` measured it; None: not measured.
       metrics: one dict a step, as `read_metrics` gives them.
-      parameters: how many the model has.
+      parameters: how many the model has, and how many were trained.
       router: what its routers read of held-out text; None: there is nothing of that kind.
 
     Returns:
@@ -51,7 +51,8 @@ def write_result(
     values = {
         "run": run.folder.name,
         "step": run.step,
-        "parameters": parameters,
+        "parameters": parameters.model,
+        "trained_parameters": parameters.trained,
         "held_out": held_out,
         "router": None if router is None else router.to_json(),
         "training": {name: last[name] for name in ("tokens", "loss", "bits_per_byte", "seconds") if last},

@@ -2,9 +2,9 @@
 
 import jax
 from etils import epath
-from flax import nnx
 
 from mc_jax import config as configs
+from mc_jax.config import TrainingConfig
 from mc_jax.evaluation.perplexity import evaluate_held_out
 from mc_jax.evaluation.report import write_report
 from mc_jax.evaluation.result import write_result
@@ -13,7 +13,7 @@ from mc_jax.inference.generate import continue_text
 from mc_jax.training.initial import read_provenance
 from mc_jax.training.lock import RunLock
 from mc_jax.training.metrics import read_metrics, record_hparams
-from mc_jax.training.run import Run, load_run
+from mc_jax.training.run import ParameterCounts, Run, count_parameters, load_run
 from mc_jax.training.stages import read_stages
 
 _TEMPERATURE = 0.8
@@ -41,7 +41,7 @@ def summarize_run(run_dir: epath.PathLike) -> dict[str, float] | None:
 def _summarize(run: Run) -> dict[str, float] | None:
     held_out = None if run.dataset.held_out is None else evaluate_held_out(run)
     metrics = read_metrics(run.folder)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(run.model)))
+    parameters = count_parameters(run.config, run.dataset.tokenizer.vocab_size)
     shares = held_out_shares(run)
     write_result(run, held_out, metrics, parameters, shares)
     results: dict[str, float | None] = {f"held_out_{name}": value for name, value in (held_out or {}).items()}
@@ -69,7 +69,8 @@ def _summarize(run: Run) -> dict[str, float] | None:
         sample=sample,
         router=router_picture(run, shares),
         facts={
-            "parameters": f"{parameters:,}",
+            "parameters": f"{parameters.model:,}",
+            **_trained_part(run.config.training, parameters),
             **({} if provenance is None else {"began with": provenance.summary()}),
             "optimizer steps": f"{run.step:,}",
             "tokens seen": f"{metrics[-1]['tokens']:,}" if metrics else "0",
@@ -80,3 +81,13 @@ def _summarize(run: Run) -> dict[str, float] | None:
         stages=read_stages(run.folder).changes(),
     )
     return held_out
+
+
+def _trained_part(training: TrainingConfig, parameters: ParameterCounts) -> dict[str, str]:
+    """The report's line on what was trained, where that was not the whole model."""
+    if (training.train, training.freeze, training.adapter_rank) == (None, None, None):
+        return {}
+    share = f"{parameters.trained:,} ({parameters.trained / parameters.model:.1%} of the model's number)"
+    if training.adapter_rank is not None:
+        share += f", with adapters of rank {training.adapter_rank}, which are merged here"
+    return {"trained parameters": share}

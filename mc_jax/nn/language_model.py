@@ -14,6 +14,7 @@ from flax import nnx
 from mc_jax import caching
 from mc_jax.caching.aggregations import Gates, Selection
 from mc_jax.config import LayerKind, ModelConfig, Remat
+from mc_jax.nn.adapters import Adapters, add_adapters
 from mc_jax.nn.block import Block
 from mc_jax.nn.mixer import Dtype
 from mc_jax.nn.norm import RMSNorm
@@ -31,13 +32,31 @@ class LanguageModel(nnx.Module):
     `blocks_1`, ..., whose parameters are stacked along a leading axis of repetitions; these are scanned.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
-        """Draw the weights, float32; `dtype` is that of activations, logits are float32 or wider."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        *,
+        dtype: Dtype = jnp.float32,
+        adapters: Adapters | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draw the weights, float32.
+
+        Args:
+          config: the model.
+          vocab_size: tokens that it knows.
+          dtype: of activations; logits are float32 or wider.
+          adapters: beside maps of the blocks; None: none. All other weights are drawn as without them.
+          rngs: source of the initial weights.
+        """
         self.config = config
         self.dtype = dtype
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab_size, config.model_dim)))
         for place, kind in enumerate(config.layer_pattern):
-            setattr(self, f"blocks_{place}", _stacked_blocks(config, kind, dtype, rngs.params()))
+            name = f"blocks_{place}"
+            of_block = None if adapters is None else adapters.of(name)
+            setattr(self, name, _stacked_blocks(config, kind, dtype, of_block, rngs.params()))
         self.norm = RMSNorm(config.model_dim)
         head = nnx.Linear(config.model_dim, vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.head = None if config.tie_embeddings else head
@@ -234,11 +253,17 @@ class LanguageModel(nnx.Module):
         return logits.astype(state_dtype(logits))
 
 
-def _stacked_blocks(config: ModelConfig, kind: LayerKind, dtype: Dtype, key: jax.Array) -> Block:
+def _stacked_blocks(
+    config: ModelConfig, kind: LayerKind, dtype: Dtype, adapters: Adapters | None, key: jax.Array
+) -> Block:
     """A block whose every parameter has a leading axis of repetitions."""
 
     def build(key: jax.Array) -> Block:
-        return Block(config, kind, dtype=dtype, rngs=nnx.Rngs(params=key))
+        rngs = nnx.Rngs(params=key)
+        block = Block(config, kind, dtype=dtype, rngs=rngs)
+        if adapters is not None:
+            add_adapters(block, adapters, rngs)
+        return block
 
     repetitions = config.num_layers // len(config.layer_pattern)
     stacked = jax.vmap(lambda key: nnx.state(build(key)))(jax.random.split(key, repetitions))

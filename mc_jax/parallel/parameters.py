@@ -19,6 +19,7 @@ _FROM_MODEL = ("model", "heads")
 _SHARED_BY_BATCH = ("model", "hidden")
 GATHERED = "gathered_weights"
 """For policies of `jax.checkpoint`: what `gather_layer` brought together."""
+_OF_MAPS = (".kernel", ".lora_a", ".lora_b")
 _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocab", "model"),
     "head.kernel": ("model", "vocab"),
@@ -85,7 +86,8 @@ def gather_layer[T](parameters: T, dtype: Any) -> T:
         # The leaves of Flax's variables are at an attribute of theirs.
         name = ".".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         # Maps to coefficients multiply in float32.
-        narrow = leaf.astype(dtype) if name.endswith(".kernel") and ".map." not in name else leaf
+        is_map = name.endswith(_OF_MAPS) and ".map." not in name
+        narrow = leaf.astype(dtype) if is_map else leaf
         if not is_sharded():
             return narrow
         divided = _divided(_dimensions(name), leaf.shape)
@@ -128,6 +130,11 @@ def _keys(path: tuple[Any, ...]) -> list[str]:
 
 
 def _dimensions(name: str) -> tuple[str | None, ...]:
+    adapted, _, matrix = name.partition(".lora.")
+    if matrix:
+        # What an adapter maps from and to is divided as its map's is; its rank is whole.
+        first, last = _dimensions(f"{adapted}.kernel")
+        return (first, None) if matrix == "lora_a" else (None, last)
     if name not in _DIMENSIONS:
         raise ValueError(f"where does parameter {name} lie? name its dimensions in mc_jax/parallel")
     return _DIMENSIONS[name]

@@ -67,9 +67,9 @@ def by_part(parameters: Any, model: ModelConfig) -> dict[str, int]:
 
 
 def matrices(parameters: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield path and leaf of what multiplies each token: kernels, and the embedding (as output map)."""
+    """Yield path and leaf of what multiplies each token: maps, adapters, the embedding (as output map)."""
     for path, leaf in jax.tree.leaves_with_path(parameters):
-        if path[-1].key in ("kernel", "embedding"):
+        if path[-1].key in ("kernel", "embedding", "lora_a", "lora_b"):
             yield path, leaf
 
 

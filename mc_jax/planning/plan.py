@@ -31,7 +31,7 @@ from mc_jax.planning.turns import counts_of, kernel_works
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.patterns import trained_part
 from mc_jax.training.run import abstract_state, drawing
-from mc_jax.training.step import make_step, merge_model, token_losses
+from mc_jax.training.step import Parameters, make_step, merge_model, token_losses
 
 _VOCABULARY = 32_000
 
@@ -57,7 +57,9 @@ class Plan:
     vocabulary_source: str
     """What that number was taken from."""
     parameters: dict[str, int]
-    """Parameters of each part of the model."""
+    """Parameters of each part of the model, adapters among them."""
+    trained: int
+    """How many of them are trained."""
     flops: Flops
     """FLOPs by formula (`mc_jax.planning.formulas`)."""
     memory: Memory
@@ -150,6 +152,7 @@ def plan(
         vocabulary=vocabulary,
         vocabulary_source=source,
         parameters=by_part(state.parameters, config.model),
+        trained=sum(leaf.size for leaf in jax.tree.leaves(_trained(config, state.parameters))),
         flops=flops,
         memory=memory,
         collectives=sent,
@@ -189,6 +192,11 @@ def trace_step(config: Config, vocabulary: int) -> tuple[jax.stages.Traced, Any,
     return step.trace(state, batch, jax.ShapeDtypeStruct((), jnp.float32), top_k), state, batch
 
 
+def _trained(config: Config, parameters: Parameters) -> Parameters:
+    part = trained_part(config.training)
+    return parameters if part is None else part(parameters)
+
+
 def _batch(config: Config, rows: int, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
     shape = (rows, config.data.context_length)
     batch = {
@@ -223,7 +231,7 @@ def _by_formula(config: Config, where: Topology, vocabulary: int, source: str) -
     # The weights are among what is saved, and are counted already.
     activations = chip_bytes(kept) - chip_bytes(state.parameters)
     parts = {name: size // shares for name, size in state_parts(state).items()}
-    parts["gradients"] = chip_bytes(state.parameters) // shares
+    parts["gradients"] = chip_bytes(_trained(config, state.parameters)) // shares
     parts["activations, as saved for the gradient"] = max(0, activations) // (
         sizes["sequence"] * sizes["tensor"]
     )
@@ -238,6 +246,7 @@ def _by_formula(config: Config, where: Topology, vocabulary: int, source: str) -
         vocabulary=vocabulary,
         vocabulary_source=source,
         parameters=by_part(state.parameters, config.model),
+        trained=sum(leaf.size for leaf in jax.tree.leaves(_trained(config, state.parameters))),
         flops=flops,
         memory=Memory(
             parts=parts,

@@ -97,7 +97,10 @@ def _parameters(plan: Plan) -> Table:
     for part, number in plan.parameters.items():
         table.add_row(part, f"{number:,}")
     table.add_section()
-    table.add_row("total", f"{sum(plan.parameters.values()):,}")
+    total = sum(plan.parameters.values())
+    table.add_row("total", f"{total:,}")
+    if plan.trained < total:
+        table.add_row("of them trained", f"{plan.trained:,}")
     return _right(table)
 
 
@@ -134,6 +137,8 @@ def _flops(plan: Plan) -> Table:
         if value:
             table.add_row(name, f"{value / 1e6:,.2f}")
     table.add_section()
+    if plan.trained < sum(plan.parameters.values()):
+        table.caption = "x 3 is of all weights trained; gradients of those that are frozen are not made"
     table.add_row("forward and backward (x 3), a token", f"{flops.token / 1e6:,.2f}")
     table.add_row("a step, on a chip", f"{flops.step / plan.chips / 1e6:,.0f}")
     if plan.speed is not None:

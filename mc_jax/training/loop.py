@@ -54,6 +54,11 @@ def train(
     run_dir = epath.Path(run_dir)
     settings = config.training
     is_first = jax.process_index() == 0
+    if settings.adapter_rank is not None and init is None:
+        raise ValueError(
+            f"training.adapter_rank {settings.adapter_rank} is for weights that were trained before; add "
+            "--init RUN, or leave it out"
+        )
     part = trained_part(settings)
     if part is not None or settings.learning_rate_factors:  # patterns match whatever the vocabulary
         jax.eval_shape(run.drawing(config, vocab_size=1)[1])
@@ -89,6 +94,7 @@ def train(
         if part is not None:
             trained = sum(leaf.size for leaf in jax.tree.leaves(part(like.parameters)))
             title += f", {trained / 1e6:.2f} M of them trained"
+            title += f" (adapters of rank {settings.adapter_rank})" if settings.adapter_rank else ""
         title += f", {mesh.size} devices" if mesh.size > 1 else ""
         title += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         title += f", going on from step {start}" if start else ""

@@ -12,12 +12,11 @@ import optax.contrib
 
 from mc_jax.config import Config, TrainingConfig, learning_rate_factors
 from mc_jax.training.factors import with_factors
+from mc_jax.training.patterns import is_wide_map
 
-_MATRICES = ("kernel", "embedding")
+_MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
 # Root mean square of Muon's updates: about that of AdamW's, whose learning rate then fits (arXiv:2502.16982).
 _MUON_SIZE = 0.2
-# Maps of one or a few numbers a head are no matrices to be made orthogonal.
-_NARROW = ("map", "online_logit")
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
@@ -72,9 +71,8 @@ def annealed_top_k(config: Config, step: int) -> int:
 
 def _labels(parameters: Any) -> Any:
     def label(path: Any, _: Any) -> str:
-        names = [key.key for key in path]
-        within_block = names[0].startswith("blocks_") and names[-1] == "kernel"
-        return "muon" if within_block and names[-2] not in _NARROW else "adam"
+        # A map of one or a few numbers a head is no matrix to be made orthogonal.
+        return "muon" if is_wide_map(".".join(key.key for key in path)) else "adam"
 
     return jax.tree_util.tree_map_with_path(label, parameters)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,22 @@ from mc_jax import config as configs
 from mc_jax.config import Config
 from mc_jax.data.dataset import Dataset, open_data
 from mc_jax.nn import LanguageModel
+from mc_jax.nn.adapters import Adapters, merged
 from mc_jax.parallel import has_mesh
 from mc_jax.parallel.parameters import shardings
 from mc_jax.training.checkpoint import load_newest, load_step, must_be_finite
 from mc_jax.training.optimizer import make_optimizer
-from mc_jax.training.patterns import trained_part
+from mc_jax.training.patterns import chosen_adapters, trained_part
 from mc_jax.training.seal import make_seal, must_fit, newest_seal
-from mc_jax.training.step import Parameters, TrainState, init_state, merge_model, split_model
+from mc_jax.training.step import (
+    Parameters,
+    TrainState,
+    by_name,
+    from_names,
+    init_state,
+    merge_model,
+    split_model,
+)
 from pallas_kernels._platform import platform
 
 CONFIG_FILE = "config.json"
@@ -38,6 +47,15 @@ class Run:
     """Finished steps of the checkpoint."""
     trained: Config | None = None
     """What it was trained with, where `config` is another that it is read with; None: the same."""
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers of a run's model."""
+
+    model: int
+    """Those of the model as it is evaluated, its adapters merged."""
+    trained: int
+    """Those that its training moves, in adapters and outside."""
 
 
 def activation_dtype(config: Config) -> Any:
@@ -80,24 +98,51 @@ def abstract_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Train
 
 
 def drawing(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
-    """The model's static part, and the function that draws the training state before the first step."""
-    build = _building(config, vocab_size)
+    """The model's static part, and the function that draws the training state before the first step.
+
+    The model has the adapters that are trained.
+    """
     optimizer, part = make_optimizer(config.training), trained_part(config.training)
-    graph = nnx.graphdef(nnx.eval_shape(build))
-    return graph, lambda: init_state(split_model(build())[1], optimizer, part)
+    adapters = adapters_of(config, vocab_size)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: _draw(config, vocab_size, adapters)))
+    return graph, lambda: init_state(split_model(_draw(config, vocab_size, adapters))[1], optimizer, part)
 
 
 def model_shapes(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Parameters]:
-    """The model's static part, and the shapes of its parameters, whichever of them training is of."""
-    return split_model(nnx.eval_shape(_building(config, vocab_size)))
+    """A model's static part and its parameters' shapes, as it is evaluated: without adapters."""
+    return split_model(nnx.eval_shape(lambda: _draw(config, vocab_size)))
 
 
-def _building(config: Config, vocab_size: int) -> Callable[[], LanguageModel]:
-    def build() -> LanguageModel:
-        rngs = nnx.Rngs(params=config.training.seed)
-        return LanguageModel(config.model, vocab_size, dtype=activation_dtype(config), rngs=rngs)
+def adapters_of(config: Config, vocab_size: int) -> Adapters | None:
+    """The adapters that a training has; None: none.
 
-    return build
+    Raises:
+      ValueError: as of `chosen_adapters`.
+    """
+    if config.training.adapter_rank is None:
+        return None
+    parameters = by_name(model_shapes(config, vocab_size)[1])
+    return chosen_adapters(config.training, {name: leaf.shape for name, leaf in parameters.items()})
+
+
+def count_parameters(config: Config, vocab_size: int) -> ParameterCounts:
+    """How many numbers a run's model has, and how many of them its training moves."""
+    parameters = jax.eval_shape(drawing(config, vocab_size)[1]).parameters
+    part = trained_part(config.training)
+    moved = parameters if part is None else part(parameters)
+    whole = parameters if config.training.adapter_rank is None else model_shapes(config, vocab_size)[1]
+    return ParameterCounts(*(sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (whole, moved)))
+
+
+def without_adapters(parameters: Parameters) -> Parameters:
+    """Parameters with the adapters merged into their maps."""
+    return jax.jit(lambda named: from_names(merged(named)))(by_name(parameters))
+
+
+def _draw(config: Config, vocab_size: int, adapters: Adapters | None = None) -> LanguageModel:
+    rngs = nnx.Rngs(params=config.training.seed)
+    dtype = activation_dtype(config)
+    return LanguageModel(config.model, vocab_size, dtype=dtype, adapters=adapters, rngs=rngs)
 
 
 def read_config(run_dir: epath.Path) -> Config:
@@ -110,7 +155,7 @@ def read_config(run_dir: epath.Path) -> Config:
 
 
 def load_run(run_dir: epath.PathLike, step: int | None = None) -> Run:
-    """Read a run's config, tokenizer, data and a checkpoint.
+    """Read a run's config, tokenizer, data and a checkpoint; adapters are merged into their maps.
 
     The model lies on the mesh of `jax.set_mesh`, or else on this process's device. Several processes must all
     call it.
@@ -136,4 +181,8 @@ def load_run(run_dir: epath.PathLike, step: int | None = None) -> Run:
     if loaded is None:
         raise ValueError(f"{folder} has no complete checkpoint yet; go on with mc-jax train")
     must_be_finite(folder, loaded, loaded.state.parameters)
-    return Run(folder, config, dataset, merge_model(graph, loaded.state.parameters), loaded.step)
+    parameters = loaded.state.parameters
+    if config.training.adapter_rank is not None:
+        graph, _ = model_shapes(config, dataset.tokenizer.vocab_size)
+        parameters = without_adapters(parameters)
+    return Run(folder, config, dataset, merge_model(graph, parameters), loaded.step)

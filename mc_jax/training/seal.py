@@ -19,7 +19,14 @@ from mc_jax.training.checkpoint.digest import DamagedError
 from mc_jax.training.checkpoint.folder import checkpoints_of, steps_in
 from mc_jax.training.checkpoint.reading import read_seal
 
-_SEALED = ("data.context_length", "training.seed", "training.optimizer", "training.train", "training.freeze")
+_SEALED = (
+    "data.context_length",
+    "training.seed",
+    "training.optimizer",
+    "training.train",
+    "training.freeze",
+    "training.adapter_rank",
+)
 _TOKENIZER, _TRAINING_TEXT, _HELD_OUT_TEXT = "tokenizer", "training text", "held-out text"
 INITIAL_WEIGHTS = "weights that the run began with"
 """The checkpoint of another run, where it was one."""

@@ -87,6 +87,8 @@ class Provenance:
         """One line for people."""
         what = "weights and optimizer" if self.asked.state == "full" else "weights alone"
         told = f"{self.asked.path} ({self.kind}, step {self.step}): {what}, {self.taken} parameters taken"
+        if self.source_config.training.adapter_rank is not None:
+            told += ", its adapters merged into them"
         told += f", {len(self.new)} new ({_listed(self.new)})" if self.new else ""
         told += f", {len(self.dropped)} left out ({_listed(self.dropped)})" if self.dropped else ""
         if self.rows_kept is not None:

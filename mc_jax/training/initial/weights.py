@@ -10,6 +10,7 @@ from mc_jax import config as configs
 from mc_jax.config import Config
 from mc_jax.data.dataset import Dataset
 from mc_jax.data.tokenizer import Tokenizer
+from mc_jax.nn.adapters import adapted_map, is_of_adapter, merged
 from mc_jax.parallel.parameters import shardings
 from mc_jax.training.checkpoint import (
     CHECKPOINTS_FOLDER,
@@ -23,7 +24,7 @@ from mc_jax.training.initial.source import Init, Source, find_source
 from mc_jax.training.initial.trees import CURES, Difference, compare, table
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.patterns import trained_part
-from mc_jax.training.run import CONFIG_FILE, drawing
+from mc_jax.training.run import CONFIG_FILE, drawing, model_shapes
 from mc_jax.training.seal import must_fit, seal_of_settings
 from mc_jax.training.step import TrainState, all_finite, by_name, from_names, init_state
 
@@ -49,7 +50,7 @@ def examine(init: Init, config: Config, dataset: Dataset) -> Provenance:
     sealed = None if seal is None else (step, seal)
     must_fit(sealed, seal_of_settings(source.config) | {"tokenizer": tokenizer.fingerprint}, source.run)
     folder = source.run / CHECKPOINTS_FOLDER / str(step)
-    there = {name: leaf.shape for name, leaf in saved_shapes(folder).items()}
+    there = {name: leaf.shape for name, leaf in saved_shapes(folder).items() if not is_of_adapter(name)}
     here = _shapes(config, dataset.tokenizer.vocab_size)
     rows = _rows(dataset.tokenizer, tokenizer)
     if rows is not None:
@@ -115,7 +116,9 @@ def initial_state(provenance: Provenance, config: Config, dataset: Dataset) -> T
     _, draw = drawing(config, dataset.tokenizer.vocab_size)
     wanted = jax.eval_shape(draw)
     saved = saved_shapes(folder)
-    names = by_name(wanted.parameters).keys() - set(provenance.new)
+    names = {name for name in by_name(wanted.parameters) if not is_of_adapter(name)} - set(provenance.new)
+    # Those of the checkpoint are merged into the maps that are taken; the run's own are drawn.
+    names |= {name for name in saved if is_of_adapter(name) and f"{adapted_map(name)}.kernel" in names}
     taken = from_names({name: saved[name] for name in sorted(names)})
     like = {"parameters": _placed(taken)}
     if provenance.asked.state == "full":
@@ -130,7 +133,7 @@ def initial_state(provenance: Provenance, config: Config, dataset: Dataset) -> T
 
     def begin(loaded) -> TrainState:
         parameters = by_name(draw().parameters)
-        for name, values in by_name(loaded["parameters"]).items():
+        for name, values in merged(by_name(loaded["parameters"])).items():
             parameters[name] = _with_rows(name, values, parameters[name], rows)
         state = init_state(from_names(parameters), optimizer, part)
         return state._replace(optimizer=loaded.get("optimizer", state.optimizer))
@@ -146,8 +149,7 @@ def _placed[T](tree: T) -> T:
 
 
 def _shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    parameters = jax.eval_shape(drawing(config, vocab_size)[1]).parameters
-    return {name: leaf.shape for name, leaf in by_name(parameters).items()}
+    return {name: leaf.shape for name, leaf in by_name(model_shapes(config, vocab_size)[1]).items()}
 
 
 def _rows(tokenizer: Tokenizer, there: Tokenizer) -> np.ndarray | None:
@@ -175,6 +177,8 @@ def _with_rows(name: str, there: jax.Array, drawn: jax.Array, rows: np.ndarray |
 def _must_be_the_same_state(init: Init, config: Config, source: Source, is_changed: bool) -> None:
     """See that the optimizer's state is of the very parameters that are trained."""
     why = "parameters or the vocabulary differ" if is_changed else ""
+    if any(one.training.adapter_rank is not None for one in (source.config, config)):
+        why = "adapters begin anew"
     for name in ("optimizer", "train", "freeze"):
         there, here = getattr(source.config.training, name), getattr(config.training, name)
         if there != here:
