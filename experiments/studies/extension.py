@@ -13,7 +13,7 @@ _RATE = ("--training.learning-rate", "2e-3")
 
 
 def study() -> Study:
-    """All are read at both lengths, by position, and with their caches off."""
+    """All are read at both lengths, by position: whole, the best four, and with their caches off."""
     return Study(
         recipe="quickstart",
         variants={
@@ -28,5 +28,8 @@ def study() -> Study:
             ),
         },
         begins_with=dict.fromkeys(("short", "long", "sparse"), "base"),
-        sweep=("--mode", "by-position", "--context-length", "2048", "16384", "--aggregation", "none"),
+        sweep=(
+            *("--mode", "by-position", "--context-length", "2048", "16384"),
+            *("--aggregation", "gated", "sparse", "none", "--top-k", "4"),
+        ),
     )
