@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import mqar_table
+from experiments import mqar, mqar_table
 from experiments.mqar import Cell, main, run
 from experiments.mqar_table import cells, finished, table
 
@@ -20,11 +20,18 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture
+def fewer_symbols(monkeypatch):
+    """The task with half of its symbols, which a model with cached memories learns in half of the steps."""
+    monkeypatch.setattr(mqar, "VOCAB", 64)
+    monkeypatch.setattr(mqar, "LONG_PAIRS", 16)  # as many as there are keys for
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized", "fewer_symbols")
 def test_cached_memories_recall_far_more_than_their_base():
-    base, gated = (run(Cell(aggregation=name, seeds=1)).accuracy[0] for name in ("none", "gated"))
-    assert gated >= base + 0.15, f"gated recalls {gated:.3f}, its base {base:.3f}"
+    base, gated = (run(Cell(aggregation=name, seeds=1, steps=500)).accuracy[0] for name in ("none", "gated"))
+    assert gated >= base + 0.3, f"gated recalls {gated:.3f}, its base {base:.3f}"
 
 
 def test_the_table_names_every_memory_and_aggregation_once():
