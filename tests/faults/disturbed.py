@@ -18,12 +18,10 @@ import workplaces
 from training_process import Started, start
 
 from mc_jax import stop_signals
-from mc_jax.config import EvaluationConfig
 
 STEPS = 12
 RUN = workplaces.tiny_run(
     context_length=32,
-    evaluation=EvaluationConfig(sample_tokens=2),
     steps=STEPS,
     batch_size=2,
     warmup_steps=2,
