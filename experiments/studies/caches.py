@@ -1,6 +1,6 @@
 """What cached memories are worth to the quickstart: ways to read them, none, and attention, trained alike.
 
-Three seeds take two hours on two cores.
+Three seeds take two and a half hours on two cores.
 """
 
 from experiments.studies import Study
@@ -14,6 +14,7 @@ def study() -> Study:
             "none": ("--model.aggregation", "none"),
             "gated": (),
             "sparse": ("--model.aggregation", "sparse", "--model.top-k", "2"),
+            "null": ("--model.aggregation", "null"),
             "residual": ("--model.aggregation", "residual"),
             "attention": ("--model.layer-pattern", "attention"),
         },
