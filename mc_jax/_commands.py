@@ -13,6 +13,7 @@ from mc_jax._arguments import UsageError, must_be_run, parse
 from mc_jax._checkpoints_command import checkpoints
 from mc_jax._compare_command import compare
 from mc_jax._eval_command import evaluate, shown
+from mc_jax._export_command import export
 from mc_jax._plan_command import plan
 from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
 from mc_jax._sweep_command import sweep
@@ -323,6 +324,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": generate,
     "compare": compare,
     "checkpoints": checkpoints,
+    "export": export,
     "selftest": selftest,
 }
 

@@ -43,6 +43,7 @@ APPENDED: dict[str, list[str] | None] = {
     "mc-jax train quickstart --name mine": TINY,
     "mc-jax train quickstart --name mine --init": ["--help"],
     "mc-jax eval": ["--help"],
+    "mc-jax export": ["--help"],
     "mc-jax eval runs/quickstart": [],
     "mc-jax eval runs/quickstart runs/residual": ["--help"],
     **{f"mc-jax eval runs/quickstart {option}": ["--help"] for option in OPTIONS_OF_EVAL},

@@ -16,7 +16,8 @@ from mc_jax.nn import LanguageModel
 from mc_jax.nn.adapters import Adapters, merged
 from mc_jax.parallel import has_mesh
 from mc_jax.parallel.parameters import shardings
-from mc_jax.training.checkpoint import load_newest, load_step, must_be_finite
+from mc_jax.training.checkpoint import load_newest, load_part, load_step, must_be_finite, newest_whole
+from mc_jax.training.checkpoint.folder import checkpoints_of
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.patterns import chosen_adapters, trained_part
 from mc_jax.training.seal import make_seal, must_fit, newest_seal
@@ -32,6 +33,8 @@ from mc_jax.training.step import (
 from pallas_kernels._platform import platform
 
 CONFIG_FILE = "config.json"
+EXPORT_FILE = "export.json"
+"""It tells where weights are from that are in a folder without the rest of their run."""
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -86,14 +89,18 @@ def abstract_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Train
     The devices of a mesh need not be here; without one all lies on the default device.
     """
     graph, draw = drawing(config, vocab_size)
-    state = jax.eval_shape(draw)
+    return graph, _placed(jax.eval_shape(draw))
+
+
+def _placed[T](shapes: T) -> T:
+    """Shapes with their shardings on the current mesh; without one all lies on the default device."""
     if has_mesh():
-        where = shardings(state)
+        where = shardings(shapes)
     else:
         here = jnp.zeros(()).sharding
-        where = jax.tree.map(lambda _: here, state)
-    return graph, jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, where
+        where = jax.tree.map(lambda _: here, shapes)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
     )
 
 
@@ -157,6 +164,8 @@ def read_config(run_dir: epath.Path) -> Config:
 def load_run(run_dir: epath.PathLike, step: int | None = None) -> Run:
     """Read a run's config, tokenizer, data and a checkpoint; adapters are merged into their maps.
 
+    A folder of weights alone, as `export_run` writes it, is read alike.
+
     The model lies on the mesh of `jax.set_mesh`, or else on this process's device. Several processes must all
     call it.
 
@@ -176,6 +185,8 @@ def load_run(run_dir: epath.PathLike, step: int | None = None) -> Run:
     config = read_config(folder)
     dataset = open_data(config.data, folder / TOKENIZER_FILE)
     must_fit(newest_seal(folder), make_seal(config, dataset), folder)
+    if (folder / EXPORT_FILE).exists():
+        return _load_exported(folder, step, config, dataset)
     graph, like = abstract_state(config, dataset.tokenizer.vocab_size)
     loaded = load_newest(folder, like) if step is None else load_step(folder, step, like)
     if loaded is None:
@@ -186,3 +197,11 @@ def load_run(run_dir: epath.PathLike, step: int | None = None) -> Run:
         graph, _ = model_shapes(config, dataset.tokenizer.vocab_size)
         parameters = without_adapters(parameters)
     return Run(folder, config, dataset, merge_model(graph, parameters), loaded.step)
+
+
+def _load_exported(folder: epath.Path, step: int | None, config: Config, dataset: Dataset) -> Run:
+    """A run of which the weights alone are there."""
+    found = newest_whole(folder, step)
+    graph, shapes = model_shapes(config, dataset.tokenizer.vocab_size)
+    loaded = load_part(checkpoints_of(folder) / str(found.step), {"parameters": _placed(shapes)})
+    return Run(folder, config, dataset, merge_model(graph, loaded["parameters"]), found.step)

@@ -31,7 +31,7 @@ from mc_jax.training.initial import (
 )
 from mc_jax.training.initial.provenance import asked_for, must_be_the_same
 from mc_jax.training.lock import LOCK_FILE, RunLock
-from mc_jax.training.run import CONFIG_FILE, TOKENIZER_FILE, read_config
+from mc_jax.training.run import CONFIG_FILE, EXPORT_FILE, TOKENIZER_FILE, read_config
 from mc_jax.training.seal import (
     INITIAL_WEIGHTS,
     is_sealed,
@@ -144,6 +144,10 @@ def _open(
 ) -> OpenRun:
     if init is not None and absolute(run_dir) in _with_parents(asked_for(init).path):
         raise ValueError(f"--init {init.path} is of the run itself; choose another --name")
+    if (run_dir / EXPORT_FILE).exists():
+        raise ValueError(
+            f"{run_dir} holds exported weights, which do not go on; give another --name and --init {run_dir}"
+        )
     if (run_dir / _OVERWRITTEN_FILE).exists():
         _delete(run_dir)
     if overwrite and (run_dir / CONFIG_FILE).exists() and not _is_the_same_command(run_dir, config, init):

@@ -12,7 +12,7 @@ from mc_jax.data.dataset import embedded_tokenizer_fits
 from mc_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mc_jax.training._buckets import absolute
 from mc_jax.training.checkpoint import CHECKPOINTS_FOLDER
-from mc_jax.training.run import CONFIG_FILE, TOKENIZER_FILE, read_config
+from mc_jax.training.run import CONFIG_FILE, EXPORT_FILE, TOKENIZER_FILE, read_config
 
 StateToTake = Literal["weights", "full"]
 
@@ -45,7 +45,7 @@ class Init:
     """What a run is to begin with."""
 
     path: str
-    """A run's folder, or that of one of its checkpoints."""
+    """A run's folder, that of one of its checkpoints, or one of exported weights."""
     state: StateToTake = "weights"
     """"full" takes the optimizer's state, too."""
     new: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Init:
 class Source:
     """A run that weights are taken from."""
 
-    kind: Literal["run folder", "checkpoint"]
+    kind: Literal["run folder", "checkpoint", "exported weights"]
     """What the path named."""
     run: epath.Path
     """The run's folder."""
@@ -91,14 +91,15 @@ class Source:
 
 
 def find_source(path: epath.PathLike) -> Source:
-    """See what a path is: a run's folder, or `checkpoints/STEP` in one.
+    """See what a path is: a run's folder, `checkpoints/STEP` in one, or a folder of exported weights.
 
     Raises:
       ValueError: it is neither, or the run's config.json is damaged; one line with the cure.
     """
     folder = absolute(epath.Path(path).expanduser())
     if (folder / CONFIG_FILE).exists():
-        return Source(kind="run folder", run=folder, step=None, config=read_config(folder))
+        kind = "exported weights" if (folder / EXPORT_FILE).exists() else "run folder"
+        return Source(kind=kind, run=folder, step=None, config=read_config(folder))
     if not folder.exists():
         raise ValueError(f"--init {path}: there is no such folder; give a run's, or RUN/checkpoints/STEP")
     run = folder.parent.parent

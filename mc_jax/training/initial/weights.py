@@ -24,7 +24,7 @@ from mc_jax.training.initial.source import Init, Source, find_source
 from mc_jax.training.initial.trees import CURES, Difference, compare, table
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.patterns import trained_part
-from mc_jax.training.run import CONFIG_FILE, drawing, model_shapes
+from mc_jax.training.run import CONFIG_FILE, EXPORT_FILE, drawing, model_shapes
 from mc_jax.training.seal import must_fit, seal_of_settings
 from mc_jax.training.step import TrainState, all_finite, by_name, from_names, init_state
 
@@ -179,6 +179,8 @@ def _must_be_the_same_state(init: Init, config: Config, source: Source, is_chang
     why = "parameters or the vocabulary differ" if is_changed else ""
     if any(one.training.adapter_rank is not None for one in (source.config, config)):
         why = "adapters begin anew"
+    if (source.run / EXPORT_FILE).exists():
+        why = "weights alone were exported"
     for name in ("optimizer", "train", "freeze"):
         there, here = getattr(source.config.training, name), getattr(config.training, name)
         if there != here:
