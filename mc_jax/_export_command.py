@@ -19,7 +19,7 @@ class ExportArguments:
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """New folder, on a disk."""
     step: int | None = None
-    """Of the checkpoint; None: the newest."""
+    """The checkpoint that is exported; None: the newest."""
 
 
 def export(arguments: Sequence[str]) -> None:
