@@ -89,10 +89,10 @@ def abstract_state(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Train
     The devices of a mesh need not be here; without one all lies on the default device.
     """
     graph, draw = drawing(config, vocab_size)
-    return graph, _placed(jax.eval_shape(draw))
+    return graph, placed(jax.eval_shape(draw))
 
 
-def _placed[T](shapes: T) -> T:
+def placed[T](shapes: T) -> T:
     """Shapes with their shardings on the current mesh; without one all lies on the default device."""
     if has_mesh():
         where = shardings(shapes)
@@ -203,5 +203,5 @@ def _load_exported(folder: epath.Path, step: int | None, config: Config, dataset
     """A run of which the weights alone are there."""
     found = newest_whole(folder, step)
     graph, shapes = model_shapes(config, dataset.tokenizer.vocab_size)
-    loaded = load_part(checkpoints_of(folder) / str(found.step), {"parameters": _placed(shapes)})
+    loaded = load_part(checkpoints_of(folder) / str(found.step), {"parameters": placed(shapes)})
     return Run(folder, config, dataset, merge_model(graph, loaded["parameters"]), found.step)

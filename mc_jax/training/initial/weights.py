@@ -24,7 +24,7 @@ from mc_jax.training.initial.source import Init, Source, find_source
 from mc_jax.training.initial.trees import CURES, Difference, compare, table
 from mc_jax.training.optimizer import make_optimizer
 from mc_jax.training.patterns import trained_part
-from mc_jax.training.run import CONFIG_FILE, EXPORT_FILE, drawing, model_shapes
+from mc_jax.training.run import CONFIG_FILE, EXPORT_FILE, drawing, model_shapes, placed
 from mc_jax.training.seal import must_fit, seal_of_settings
 from mc_jax.training.step import TrainState, all_finite, by_name, from_names, init_state
 
@@ -120,9 +120,9 @@ def initial_state(provenance: Provenance, config: Config, dataset: Dataset) -> T
     # Those of the checkpoint are merged into the maps that are taken; the run's own are drawn.
     names |= {name for name in saved if is_of_adapter(name) and f"{adapted_map(name)}.kernel" in names}
     taken = from_names({name: saved[name] for name in sorted(names)})
-    like = {"parameters": _placed(taken)}
+    like = {"parameters": placed(taken)}
     if provenance.asked.state == "full":
-        like["optimizer"] = _placed(wanted.optimizer)
+        like["optimizer"] = placed(wanted.optimizer)
     loaded = load_part(folder, like)
     if provenance.checkpoint_sha256 is None and not all_finite(loaded):
         raise ValueError(f"{folder} holds numbers that are not finite; begin from another checkpoint")
@@ -139,13 +139,6 @@ def initial_state(provenance: Provenance, config: Config, dataset: Dataset) -> T
         return state._replace(optimizer=loaded.get("optimizer", state.optimizer))
 
     return jax.jit(begin, out_shardings=shardings(wanted))(loaded)
-
-
-def _placed[T](tree: T) -> T:
-    """Shapes with the shardings of the current mesh."""
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(tree)
-    )
 
 
 def _shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
