@@ -8,7 +8,7 @@ from mc_jax import memories
 from mc_jax.facts import AGGREGATION_FACTS
 
 SEGMENT, CHUNK = 8, 4
-HEADS, KEY, VALUE, ROUTER, HIDDEN = 2, 3, 2, 3, 5
+HEADS, KEY, VALUE, ROUTER, HIDDEN = 2, 3, 2, 4, 5
 USED = {name: family.matrix.coefficients for name, family in memories.MEMORIES.items()}
 AGGREGATIONS = {
     name: {"top_k": 2} if facts.top_k == "always" else {} for name, facts in AGGREGATION_FACTS.items()
@@ -58,7 +58,7 @@ def arguments(memory, mlp, aggregation, *, length=21, documents=False, router="i
         else normal(HEADS, KEY, value),
     }
     if aggregation in WITH_ROUTER:
-        found["u"] = 3 * normal(*tokens, ROUTER)
+        found["u"] = 3 * normal(*tokens, ROUTER if router == "inputs" else KEY)
         if router == "inputs":
             found["router_keys"] = normal(*tokens, ROUTER)
             found["online_logit"] = normal(*tokens)

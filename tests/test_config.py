@@ -23,6 +23,7 @@ FIELDS = (
     "model.top_k",
     "model.router_blocks",
     "model.router_keys",
+    "model.router_dim",
     "model.online_logit",
     "model.cache_scale",
     "model.convolution_width",
@@ -139,6 +140,15 @@ def test_the_default_config_is_valid():
         (
             {"training__compute_dtype": "float16"},
             "training.compute_dtype is 'float16'; set it to 'float32' or 'bfloat16' or None",
+        ),
+        ({"model__router_dim": 0}, "model.router_dim is 0; set it to 1 or more"),
+        (
+            {"model__router_dim": 4, "model__router_keys": "keys"},
+            "model.router_dim 4 has no effect with model.router_keys 'keys'; set it to None",
+        ),
+        (
+            {"model__router_dim": 4, "model__aggregation": "residual"},
+            "model.router_dim 4 has no effect with model.aggregation 'residual'; set it to None",
         ),
         ({"training__learning_rate": 0.0}, "training.learning_rate is 0.0; set it above 0"),
         (

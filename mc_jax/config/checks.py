@@ -128,6 +128,9 @@ def _check_model(model: ModelConfig) -> None:
     _must_go_together("model.attention_window", model.attention_window, windowed, pattern, "1024")
     if model.router_blocks > 1 and not aggregation.uses_router:
         raise ConfigError(f"model.router_blocks has no effect with {with_aggregation}; set it to 1")
+    if model.router_dim is not None and (model.router_keys == "keys" or not aggregation.uses_router):
+        reason = "model.router_keys 'keys'" if aggregation.uses_router else with_aggregation
+        raise ConfigError(f"model.router_dim {model.router_dim} has no effect with {reason}; set it to None")
     if model.cache_scale is not None and not aggregation.reads_cache:
         raise ConfigError(
             f"model.cache_scale {model.cache_scale!r} has no effect with {with_aggregation}; set it to None, "

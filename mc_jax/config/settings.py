@@ -55,6 +55,9 @@ class ModelConfig:
     """A segment's score is the best of this many parts of it; 1 is the paper's mean."""
     router_keys: Literal["inputs", "keys"] = "inputs"
     """What is pooled over a segment to be scored: a learned map of the inputs, or the keys."""
+    router_dim: int | None = None
+    """Width per head of the router's queries and of its map of the inputs; None: that of values. With "keys"
+    it is theirs."""
     online_logit: Literal["learned", "running_mean"] = "learned"
     """The logit of the online memory, or of "null"'s null: a learned map of the input, or the score of the
     segment so far."""

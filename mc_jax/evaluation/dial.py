@@ -150,6 +150,7 @@ def _implied(model: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
             implied["top_k"] = None
         if not aggregation.uses_router:
             implied["router_blocks"] = 1
+            implied["router_dim"] = None
         if not aggregation.reads_cache:
             implied["cache_scale"] = None
         if not aggregation.reads_groups:

@@ -113,6 +113,7 @@ def _mixer(config: ModelConfig, kind: LayerKind, dtype: Dtype, rngs: nnx.Rngs) -
         ),
         mlp=config.memory_depth == 2,
         router_keys=config.router_keys,
+        router_dim=config.router_dim,
         online_logit=config.online_logit,
         cache_scale=config.cache_scale,
         convolution_width=config.convolution_width,

@@ -1,6 +1,6 @@
 """The Memory Caching mixer: maps, convolution and gates around the functional core (docs/math.md section 5).
 
-Shapes: B batch, T tokens, D model dim, H heads, K key dim, V value and router dim.
+Shapes: B batch, T tokens, D model dim, H heads, K key dim, V value dim, R router dim.
 """
 
 import dataclasses
@@ -64,6 +64,7 @@ class MemoryCaching(nnx.Module):
         settings: caching.Settings,
         mlp: bool = False,
         router_keys: str = "inputs",
+        router_dim: int | None = None,
         online_logit: str = "learned",
         cache_scale: str | None = None,
         convolution_width: int = 4,
@@ -79,6 +80,7 @@ class MemoryCaching(nnx.Module):
           settings: memory, aggregation, segments.
           mlp: the memory's state is an MLP with hidden width 4 D / H ("dla", "titans"), and not a matrix.
           router_keys: what is pooled over a segment: "inputs" (a learned map of them) or "keys".
+          router_dim: R of the router's queries and of its map of the inputs; None: V. Keys have their own, K.
           online_logit: the online memory's logit: "learned" (a map of the input) or "running_mean".
           cache_scale: "learned", a factor per head, at first 0, on what the cache changes of a read; None: 1.
           convolution_width: taps of the causal convolution, 1 for none.
@@ -87,7 +89,7 @@ class MemoryCaching(nnx.Module):
 
         Raises:
           ValueError: num_heads does not divide model_dim, the memory has no MLP form, an MLP is to have keys
-            and values of different dims, or a matrix a branch.
+            and values of different dims, a matrix a branch, or keys that are pooled another dim.
         """
         if model_dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide model_dim {model_dim}; choose a divisor")
@@ -128,11 +130,15 @@ class MemoryCaching(nnx.Module):
         self.previous_step = fraction("previous_step")
         uses_router = settings.about.uses_router
         pools_keys = router_keys == "keys"
+        if router_dim is not None and (pools_keys or not uses_router):
+            reason = "router_keys 'keys'" if uses_router else f"aggregation {settings.aggregation!r}"
+            raise ValueError(f"router_dim {router_dim} has no effect with {reason}; leave it out")
+        width = model_dim if router_dim is None else num_heads * router_dim
         # Of zeros: all cached memories are weighed alike at first, and not at random, from which many a model
         # does not recover (associative recall, one seed: 55 % right with random queries, 97 % with these).
         router_query = functools.partial(linear, kernel_init=nnx.initializers.zeros_init())
-        self.router_query = router_query(keys if pools_keys else model_dim) if uses_router else None
-        self.router_key = linear(model_dim) if uses_router and not pools_keys else None
+        self.router_query = router_query(keys if pools_keys else width) if uses_router else None
+        self.router_key = linear(width) if uses_router and not pools_keys else None
         self.online_logit = linear(num_heads) if uses_router and online_logit == "learned" else None
         scale = jnp.zeros((num_heads,), jnp.float32)
         self.cache_scale = None if cache_scale is None else nnx.Param(scale)

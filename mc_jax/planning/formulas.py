@@ -10,7 +10,7 @@ Forward, of a token; a multiplication and an addition are two.
   their gradient 2EV, and for titans, and wherever the branch is bounded, its output, 2EV more;
 - cached reads, per head: 2AB for each memory that is read: of the n segments before the token's own all n, or
   top_k of them if fewer, or with logarithmic segmentation a group for each 1 among the binary digits of n;
-  and, with a router, 2V for each of the n scores;
+  and, with a router, 2PR for each of the n scores, of P blocks and the router's R (V unless `router_dim`);
 - attention: 4D for each token that is seen, its own included: the causal half, or a window.
 
 Backward is twice as much. What is computed again to save memory is not counted, and neither are norms,
@@ -110,9 +110,8 @@ def cached_flops(model: ModelConfig, length: int, places: int | None = None) -> 
     aggregation = AGGREGATION_FACTS[model.aggregation]
     if not aggregation.reads_cache:
         return 0.0
-    dim = model.model_dim // model.num_heads
     read = sum(2.0 * a * b for a, b in state_matrices(model))
-    scored = 2.0 * dim if aggregation.uses_router else 0.0
+    scored = 2.0 * router_numbers(model)
     eligible = mean_eligible(length, model.segment_length, places)
     if model.segmentation == "logarithmic":
         return read * mean_groups(length, model.segment_length) + scored * eligible
@@ -149,6 +148,14 @@ def state_matrices(model: ModelConfig) -> list[tuple[int, int]]:
     """The sizes of the matrices that are one head's memory."""
     dim = model.model_dim // model.num_heads
     return [(dim, 4 * dim), (4 * dim, dim)] if model.memory_depth == 2 else [(dim, dim)]
+
+
+def router_numbers(model: ModelConfig) -> int:
+    """How many numbers of a cached segment one head's router multiplies for its score, which are kept too."""
+    if not AGGREGATION_FACTS[model.aggregation].uses_router:
+        return 0
+    dim = model.model_dim // model.num_heads if model.router_dim is None else model.router_dim
+    return model.router_blocks * dim
 
 
 def _layers(model: ModelConfig, kind: str) -> int:

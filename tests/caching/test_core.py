@@ -10,9 +10,9 @@ from caching_arguments import (
     AGGREGATIONS,
     CHUNK,
     HEADS,
+    KEY,
     MEMORIES,
     NAMES,
-    ROUTER,
     SEGMENT,
     SLOW_BUT_ONE,
     arguments,
@@ -39,7 +39,7 @@ def check_agreement(settings, found, tolerance=1e-9, gradient_tolerance=1e-7):
         return jnp.sum(jnp.sin(y) * weights), (y, cache)
 
     def theirs(moving):
-        u = moving.get("u", jnp.zeros((*y_like.shape[:3], ROUTER), y_like.dtype))
+        u = moving.get("u", jnp.zeros((*y_like.shape[:3], KEY), y_like.dtype))
         rest = {name: value for name, value in moving.items() if name not in ("q", "k", "v", "u")}
         y, states, pooled = memory_caching_reference(
             moving["q"], moving["k"], moving["v"], u, **rest, **fixed, **meaning

@@ -20,7 +20,10 @@ from mc_jax.evaluation.sweep.grid import Cell
 from mc_jax.training.losses import _compiled
 
 CELLS = {
-    "gated read sparsely": ({"memory": "delta"}, {"model.aggregation": "sparse", "model.top_k": 1}),
+    "gated read sparsely": (
+        {"memory": "delta", "router_dim": 3},
+        {"model.aggregation": "sparse", "model.top_k": 1},
+    ),
     "gated by average, shorter segments": (
         {"segment_init": "independent"},
         {"model.aggregation": "average", "model.top_k": 2, "model.segment_length": 6},
@@ -108,12 +111,15 @@ def test_turning_to_what_was_trained_changes_nothing():
 
 
 def test_what_cannot_stay_changes_too_and_is_said():
-    config = run_of(aggregation="sparse", top_k=2, router_blocks=2, cache_scale="learned").config
+    config = run_of(
+        aggregation="sparse", top_k=2, router_blocks=2, router_dim=3, cache_scale="learned"
+    ).config
     off = turned_config(config, {"model.aggregation": "none"})
     assert {name: new for name, (new, _) in differences(off, config).items()} == {
         "model.aggregation": "none",
         "model.top_k": None,
         "model.router_blocks": 1,
+        "model.router_dim": None,
         "model.cache_scale": None,
     }
     short = turned_config(run_of().config, {"model.segment_length": 6})

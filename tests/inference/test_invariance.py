@@ -67,7 +67,9 @@ CASES = {
         "keys, running mean, blocks": config_of(
             "linear", "gated", router_keys="keys", online_logit="running_mean", router_blocks=2
         ),
-        "merged groups": config_of("linear", "gated", segmentation="logarithmic", segment_init="independent"),
+        "merged groups, narrow router": config_of(
+            "linear", "gated", segmentation="logarithmic", segment_init="independent", router_dim=3
+        ),
     }.items()
 }
 

@@ -124,6 +124,15 @@ def test_bfloat16_activations_keep_float32_parameters_and_logits():
     assert np.sqrt(np.mean(np.square(logits - expected))) < 0.1 * np.std(expected)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"router_keys": "keys"}, "router_keys 'keys'"), ({"aggregation": "none"}, "aggregation 'none'")],
+)
+def test_a_width_that_no_router_would_have_is_an_error(settings, reason):
+    with pytest.raises(ValueError, match=f"router_dim 3 has no effect with {reason}; leave it out"):
+        _model(router_dim=3, **settings)
+
+
 def test_parameter_names_are_fixed_because_checkpoints_know_them():
     names = {
         ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)

@@ -40,7 +40,7 @@ MODELS = {
     "linear, none": {"memory": "linear", "aggregation": "none"},
     "linear, gated": {"memory": "linear", "aggregation": "gated"},
     "linear, independent": {"memory": "linear", "segment_init": "independent", "aggregation": "residual"},
-    "swla, null": {"memory": "swla", "aggregation": "null"},
+    "swla, null": {"memory": "swla", "aggregation": "null", "router_dim": 3},
     "delta, sparse": {"memory": "delta", "aggregation": "sparse", "top_k": 2},
     "dla, soup": {"memory": "dla", "memory_depth": 2, "aggregation": "soup"},
     "titans matrix": {"memory": "titans", "memory_depth": 1, "aggregation": "average", "top_k": 1},

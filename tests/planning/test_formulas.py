@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import pytest
 
+from mc_jax.caching import Storage
 from mc_jax.config import Config, DataConfig, ModelConfig, TrainingConfig, validate
+from mc_jax.evaluation.sweep.cost import memory_bytes
 from mc_jax.planning.formulas import (
     cached_flops,
     flops_of,
@@ -72,6 +74,15 @@ def test_sparse_reads_count_top_k_and_scores_of_all():
     assert mean_eligible(LENGTH, 8, 2) == (0 + 1 + 2 + 2) / 4
     assert cached_flops(model, LENGTH) == 1.25 * 2 * k * k + 1.5 * 2 * k
     assert cached_flops(dataclasses.replace(model, aggregation="none"), LENGTH) == 0
+
+
+def test_a_router_has_its_own_width_in_maps_scores_and_cache_and_scores_each_block():
+    config = config_of(aggregation="null", router_dim=3, router_blocks=2)
+    flops, k = flops_of(config, parameters_of(config)), DIM // HEADS
+    assert flops.maps["router"] == 2 * LAYERS * (2 * DIM * HEADS * 3 + HEADS * DIM), "two maps and a logit's"
+    assert flops.cached_reads == LAYERS * HEADS * 1.5 * (2 * k * k + 2 * 2 * 3)
+    kept = memory_bytes(config.model, LENGTH, Storage(), number_bytes=2)
+    assert kept == LAYERS * HEADS * 2 * (k * k + LENGTH // 8 * (k * k + 2 * 3))
 
 
 def test_an_unfinished_segment_counts_its_tokens():

@@ -20,7 +20,7 @@ from mc_jax.training import loop
 from mc_jax.training.checkpoint import load_newest, load_step
 from mc_jax.training.initial import INIT_FILE, Init, initial_state, read_provenance
 from mc_jax.training.initial.trees import compare, table
-from mc_jax.training.run import new_state
+from mc_jax.training.run import model_shapes, new_state
 from mc_jax.training.run_folder import opened
 from mc_jax.training.step import by_name
 
@@ -197,6 +197,19 @@ def test_parameters_that_do_not_fit_are_listed_and_nothing_is_written(workplace,
     (line,) = told.err.splitlines()
     assert "3 missing, 3 reshaped parameters" in line
     assert not (workplace / "runs" / "refused").exists()
+
+
+def test_a_router_of_another_width_is_reshaped_and_may_be_drawn_anew(workplace):
+    there, here = (
+        {name: leaf.shape for name, leaf in by_name(model_shapes(config, 9)[1]).items()}
+        for config in (settings(workplace, aggregation="gated", router_dim=dim) for dim in (None, 3))
+    )
+    maps = [f"blocks_0.mixer.{name}.kernel" for name in ("router_key", "router_query")]
+    refused = compare(there, here, new=(), drop=()).unsettled
+    assert [(found.name, found.kind) for found in refused] == [(name, "reshaped") for name in maps]
+    assert {found.here for found in refused} == {(1, 16, 2 * 3)}
+    fit = compare(there, here, new=("router_*",), drop=("router_*",))
+    assert (list(fit.new), fit.unsettled) == (maps, ())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mc_jax.data.store import TokenStore
 from mc_jax.evaluation.dial import turned_config
 from mc_jax.evaluation.sweep.grid import Cell
 from mc_jax.facts import AGGREGATION_FACTS, MEMORY_FACTS
-from mc_jax.planning.formulas import flops_of, state_matrices
+from mc_jax.planning.formulas import flops_of, router_numbers, state_matrices
 from mc_jax.training.run import activation_dtype, model_shapes
 
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -74,8 +74,7 @@ def memory_bytes(model: ModelConfig, length: int, storage: Storage, number_bytes
     kept = state * (number_bytes if storage.state_dtype is None else _BYTES[storage.state_dtype])
     if storage.state_dtype == "int8":
         kept += _SCALE_BYTES * len(matrices)
-    if about.uses_router:
-        kept += number_bytes * model.router_blocks * (model.model_dim // model.num_heads)
+    kept += number_bytes * router_numbers(model)
     online = state * number_bytes * (2 if MEMORY_FACTS[model.memory].has_momentum else 1)
     of_layer = {
         "memory": model.num_heads * (online + cached * kept),
