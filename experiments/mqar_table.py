@@ -6,21 +6,15 @@ It takes two hours on one core and goes on where it was stopped: its rows are in
 RESULTS.md is written anew after each.
 """
 
-import dataclasses
-import json
-import sys
-from pathlib import Path
+from experiments._recall_table import RecallTable, each, mean
+from experiments.mqar import TASKS, Cell, Result
 
-from experiments.mqar import LENGTH, LONG, LONG_PAIRS, PAIRS, Cell, Result, run
-
-_ROWS = Path(__file__).parent / "mqar_table.jsonl"
-_RESULTS = Path(__file__).parent / "RESULTS.md"
+_TASK = TASKS["mqar"]
 _MATRIX = ("none", "residual", "gated", "sparse", "average")
-_BEGIN, _END = "<!-- mqar: begin -->", "<!-- mqar: end -->"
 
 
-def cells() -> dict[str, Cell]:
-    """The rows of the table, by name; what tells most comes first."""
+def _cells() -> dict[str, Cell]:
+    """What tells most comes first."""
     found = {
         "attention": Cell(memory="attention"),
         "linear, none": Cell(aggregation="none"),
@@ -47,60 +41,35 @@ def cells() -> dict[str, Cell]:
     return found
 
 
-def main() -> int:
-    """Run the rows that are missing, and write the table after each."""
-    for name, cell in cells().items():
-        if name in finished():
-            continue
-        result = run(cell)
-        with _ROWS.open("a") as file:
-            file.write(json.dumps({"name": name, "result": dataclasses.asdict(result)}) + "\n")
-        _write()
-        print(f"{name}: {result}", flush=True)
-    _write()
-    return 0
+def _figures(result: Result) -> tuple[str, ...]:
+    return (
+        mean(result.accuracy),
+        each(result.accuracy),
+        mean(result.long_accuracy),
+        each(result.long_accuracy),
+        f"{result.state_bytes:,}",
+        f"{result.cache_bytes:,}",
+        f"{result.seconds / len(result.accuracy):.0f}",
+    )
 
 
-def finished() -> dict[str, Result]:
-    """The rows that were run, by name."""
-    rows = [json.loads(line) for line in _ROWS.read_text().splitlines() if line.endswith("}")]
-    return {row["name"]: Result(**row["result"]) for row in rows}
-
-
-def table(done: dict[str, Result]) -> str:
-    """The rows in the order of `cells`, as Markdown."""
-    lines = [
-        f"| memory, aggregation | {LENGTH} tokens, {PAIRS[-1]} pairs | seeds "
-        f"| {LONG} tokens, {LONG_PAIRS} pairs | seeds | state, bytes | cache, bytes | seconds a seed |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in cells():
-        if name not in done:
-            lines.append(f"| {name} | not run | | | | | | |")
-            continue
-        result = done[name]
-        lines.append(
-            f"| {name} | {_mean(result.accuracy)} | {_each(result.accuracy)} | {_mean(result.long_accuracy)} "
-            f"| {_each(result.long_accuracy)} | {result.state_bytes:,} | {result.cache_bytes:,} "
-            f"| {result.seconds / len(result.accuracy):.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def _write() -> None:
-    """Put the table in its place between the marks."""
-    before, _, rest = _RESULTS.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    _RESULTS.write_text("\n".join([before + _BEGIN, table(finished()), _END + after]))
-
-
-def _mean(values: tuple[float, ...]) -> str:
-    return f"**{100 * sum(values) / len(values):.1f}**"
-
-
-def _each(values: tuple[float, ...]) -> str:
-    return " ".join(f"{100 * value:.0f}" for value in values)
+TABLE = RecallTable(
+    name="mqar",
+    rows="mqar_table.jsonl",
+    cells=_cells(),
+    columns=(
+        "memory, aggregation",
+        f"{_TASK.length} tokens, {_TASK.pairs[-1]} pairs",
+        "seeds",
+        f"{2 * _TASK.length} tokens, {_TASK.long_pairs} pairs",
+        "seeds",
+        "state, bytes",
+        "cache, bytes",
+        "seconds a seed",
+    ),
+    figures=_figures,
+)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    TABLE.make()
