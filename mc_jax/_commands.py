@@ -1,7 +1,6 @@
 """The commands of `mc-jax`: each reads its arguments, checks them, and only then imports what is heavy."""
 
 import dataclasses
-import shlex
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from mc_jax._compare_command import compare
 from mc_jax._eval_command import evaluate, shown
 from mc_jax._export_command import export
 from mc_jax._plan_command import plan
+from mc_jax._prepare_command import prepare
 from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
 from mc_jax._sweep_command import sweep
 from mc_jax.config import Config, validate
@@ -221,83 +221,6 @@ def _print_result(run: str, result: Mapping[str, Any]) -> None:
         if not name.endswith("_standard_error"):
             table.add_row(name.replace("_", " "), shown(result, name))
     Console().print(table)
-
-
-_HELD_OUT_SHARE = 0.01
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareArguments:
-    """Tokenize text, jsonl or parquet files into a token store."""
-
-    inputs: Annotated[
-        tyro.conf.Positional[tuple[Path, ...]],
-        tyro.conf.arg(metavar="INPUT [INPUT ...]", help_behavior_hint="(required)"),
-    ]
-    """Training text: .txt (a document a file), .jsonl (a line), both also with .gz, .parquet (a row)."""
-    output: Path
-    """Folder to be made, for --data.corpus of mc-jax train; it is there whole or not at all."""
-    held_out: Annotated[
-        tuple[Path, ...],
-        tyro.conf.arg(metavar="FILE ...|none", help_behavior_hint="(default: 1 % of the inputs)"),
-    ] = ()
-    """Files to be scored, not trained on, or "none"; without it, a hundredth of the inputs is split off."""
-    tokenizer: str = "bpe"
-    """"bpe" (byte-level, trained on the inputs), "bytes", or a tokenizer.json that mc-jax wrote."""
-    vocab_size: int | None = None
-    """Ids of the "bpe" tokenizer, for example 4096; None with another."""
-    text_field: str = "text"
-    """Field of .jsonl, or column of .parquet, that has the text."""
-    responses: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Lines or rows have a prompt and a response (or completion), or chat messages; the responses alone are
-    learned and scored."""
-    template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """With --responses: the chat template, in Jinja or in a tokenizer_config.json; None: a plain one."""
-
-
-def prepare(arguments: Sequence[str]) -> None:
-    """Tokenize text, jsonl or parquet files into a token store."""
-    chosen = parse(PrepareArguments, arguments, program="mc-jax prepare")
-    if not chosen.inputs:
-        raise UsageError("no input is named; write mc-jax prepare FILE ... --output FOLDER")
-    if chosen.template is not None and not chosen.responses:
-        raise UsageError("--template has no effect without --responses; add that, or leave it out")
-    if chosen.responses and chosen.text_field != PrepareArguments.text_field:
-        raise UsageError("--text-field has no effect with --responses; leave it out")
-
-    from mc_jax.data.conversations import read_template
-    from mc_jax.data.files import remove_unfinished
-    from mc_jax.data.prepare import prepare as write_store
-
-    current().tidy = remove_unfinished
-
-    files = () if chosen.held_out == (Path("none"),) else chosen.held_out
-    dataset = write_store(
-        chosen.inputs,
-        chosen.output,
-        held_out=files if chosen.held_out else _HELD_OUT_SHARE,
-        tokenizer=chosen.tokenizer,
-        vocab_size=chosen.vocab_size,
-        text_field=chosen.text_field,
-        template=read_template(chosen.template) if chosen.responses else None,
-    )
-    for name, store in (("training", dataset.train), ("held-out", dataset.held_out)):
-        if store is not None:
-            scored = "" if store.scored is None else f", {store.num_scored:,} of them scored"
-            told = (
-                f"{store.num_bytes:,} {'scored ' if scored else ''}bytes, {store.num_tokens:,} tokens{scored}"
-            )
-            print(f"{name}: {len(store):,} documents, {told}")
-    if dataset.held_out is not None and not chosen.held_out:
-        first, *others = dataset.held_out.names
-        print(
-            f"held out was split off the inputs: {first}{f' and {len(others):,} more' if others else ''}; "
-            "--held-out names files, or none"
-        )
-    print(
-        f"train on it: mc-jax train RECIPE --data.corpus {shlex.quote(str(chosen.output))} "
-        "--data.tokenizer None --data.vocab-size None"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

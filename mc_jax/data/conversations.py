@@ -10,8 +10,10 @@ import jinja2.sandbox
 
 from mc_jax.data.documents import Document
 
-FIELDS = ("messages", "prompt", "response", "completion")
-"""What a line or row may have: "messages", or "prompt" with either "response" or "completion"."""
+FIELDS = ("messages", "conversations", "prompt", "response", "completion")
+"""What a line or row may have: "messages", "conversations", or "prompt" with "response" or "completion"."""
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+"""Roles of "conversations", whose messages have "from" and "value", by the names that templates know."""
 
 _PLAIN = """\
 {% for message in messages %}<|{{ message.role }}|>
@@ -106,15 +108,20 @@ def conversation(name: str, values: Any, template: ChatTemplate, *, place: str) 
 
     Args:
       name: of the document.
-      values: the line's fields.
+      values: the line's fields, or its messages.
       template: what makes a text of messages.
       place: of the line, for people.
 
     Raises:
       ValueError: there is no conversation in the values, or the template does not go on where it asked.
     """
-    if isinstance(values, dict) and values.get("messages") is not None:
-        messages = _messages(values["messages"], place)
+    if isinstance(values, list):
+        values = {"messages": values}
+    fields = values if isinstance(values, dict) else {}
+    if (
+        listed := next((fields[name] for name in FIELDS[:2] if fields.get(name) is not None), None)
+    ) is not None:
+        messages = _messages(listed, place)
     else:
         prompt, response = _pair(values, place)
         if not template.has_source:
@@ -153,15 +160,31 @@ def _pair(values: Any, place: str) -> tuple[str, str]:
 
 
 def _messages(values: Any, place: str) -> list[Message]:
-    is_list = isinstance(values, list) and values
-    if not is_list or not all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in values
+    messages: list[Message] = [_message(value) for value in values] if isinstance(values, list) else []
+    if not messages or not all(
+        isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
     ):
-        raise ValueError(f"{place}: messages is no list of objects with texts role and content; write it so")
-    return values
+        raise ValueError(
+            f"{place}: messages is no list of objects with texts role and content (or from and value); "
+            "write it so"
+        )
+    return messages
+
+
+def _message(value: Any) -> dict[str, Any]:
+    """A message with role and content, as far as there are such in what is written in one of three ways."""
+    if not isinstance(value, dict):
+        return {}
+    if "role" not in value and "from" in value:
+        return {"role": _SPEAKERS.get(value["from"], value["from"]), "content": value.get("value")}
+    parts = value.get("content")
+    if isinstance(parts, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in parts
+    ):
+        texts = [part.get("text") for part in parts]
+        return value | {"content": "".join(texts) if all(isinstance(text, str) for text in texts) else None}
+    return value
 
 
 def _refuse(message: str) -> None:

@@ -20,6 +20,8 @@ class Document(NamedTuple):
     responses: tuple[tuple[int, int], ...] | None = None
     """Parts of the text that alone are learned and scored, in their order: first character, and the one after
     the last; None: all of it."""
+    continues: bool = False
+    """Whether its text goes on in the next one: a long document is read, tokenized and stored in parts."""
 
 
 class TokenizedDocument(NamedTuple):
@@ -33,14 +35,24 @@ class TokenizedDocument(NamedTuple):
     """Length in UTF-8 of what is scored, which bits per byte are counted over."""
     scored: np.ndarray | None = None
     """Which targets are scored: the tokens, and the separator after them, bool [tokens + 1]; None: all."""
+    continues: bool = False
+    """Whether its tokens go on in the next one; then no separator follows."""
 
 
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
     """Tokenize documents in their order, about a megabyte at a time; empty ones are left out."""
+    for _, tokenized in tokenize_labelled(((None, document) for document in documents), tokenizer):
+        yield tokenized
+
+
+def tokenize_labelled[Label](
+    documents: Iterable[tuple[Label, Document]], tokenizer: Tokenizer
+) -> Iterator[tuple[Label, TokenizedDocument]]:
+    """Tokenize documents of several kinds, in their order; each keeps its label."""
     for group in _groups(documents):
-        parts = [_parts(document) for document in group]
+        parts = [_parts(document) for _, document in group]
         encoded = iter(tokenizer.encode_batch([text for some in parts for text, _ in some]))
-        for document, some in zip(group, parts, strict=True):
+        for (label, document), some in zip(group, parts, strict=True):
             tokens = [next(encoded) for _ in some]
             text_bytes = sum(len(text.encode()) for text, is_scored in some if is_scored)
             scored = None
@@ -50,7 +62,8 @@ def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[To
                     np.full(len(ids), is_scored) for ids, (_, is_scored) in zip(tokens, some, strict=True)
                 ]
                 scored = np.concatenate([*masks, ends_so])
-            yield TokenizedDocument(document.name, np.concatenate(tokens), text_bytes, scored)
+            tokens = np.concatenate(tokens)
+            yield label, TokenizedDocument(document.name, tokens, text_bytes, scored, document.continues)
 
 
 def _parts(document: Document) -> list[tuple[str, bool]]:
@@ -69,11 +82,11 @@ def _parts(document: Document) -> list[tuple[str, bool]]:
     return [part for part in parts if part[0]]
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    remaining = (document for document in documents if document.text)
+def _groups[Label](documents: Iterable[tuple[Label, Document]]) -> Iterator[list[tuple[Label, Document]]]:
+    remaining = (labelled for labelled in documents if labelled[1].text)
     while first := next(remaining, None):
-        group, characters = [first], len(first.text)
-        while characters < _BATCH_CHARACTERS and (document := next(remaining, None)):
-            group.append(document)
-            characters += len(document.text)
+        group, characters = [first], len(first[1].text)
+        while characters < _BATCH_CHARACTERS and (labelled := next(remaining, None)):
+            group.append(labelled)
+            characters += len(labelled[1].text)
         yield group

@@ -1,13 +1,14 @@
 """Text files to a prepared folder: a tokenizer and token stores that training maps into memory.
 
-The folder: tokenizer.json, train/, held_out/ (if there is any), manifest.json.
+The folder: tokenizer.json, train/, held_out/ (if there is any), manifest.json, summary.json.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mc_jax.data._readers import check_readable, read_documents
-from mc_jax.data.conversations import ChatTemplate
+from mc_jax.data._readers import Reading
 from mc_jax.data.dataset import (
     HELD_OUT,
     KIND,
@@ -18,10 +19,13 @@ from mc_jax.data.dataset import (
     Dataset,
     open_prepared,
 )
-from mc_jax.data.documents import Document, tokenize
+from mc_jax.data.documents import Document, tokenize_labelled
 from mc_jax.data.files import new_folder, write_json
-from mc_jax.data.split import split_off
-from mc_jax.data.store import must_be_free, write_store
+from mc_jax.data.selection import Progress, Selection, select
+from mc_jax.data.sources import find_sources, must_differ
+from mc_jax.data.split import Share
+from mc_jax.data.store import must_be_free, store_writer
+from mc_jax.data.summary import SUMMARY_FILE, Tally, summary
 from mc_jax.data.tokenizer import ByteTokenizer, Tokenizer, cut_text, load_tokenizer, train_bpe
 
 _SAMPLE_CHARACTERS = 64 << 20  # what a BPE is trained on at most
@@ -31,27 +35,25 @@ def prepare(
     inputs: Sequence[str | Path],
     output: str | Path,
     *,
-    held_out: Sequence[str | Path] | float = (),
+    held_out: Sequence[str | Path] | Share = (),
     tokenizer: str | Path = "bpe",
     vocab_size: int | None = None,
-    text_field: str = "text",
-    template: ChatTemplate | None = None,
+    reading: Reading | None = None,
+    told: Progress | None = None,
 ) -> Dataset:
     """Tokenize text files into a folder that `data.corpus` can name.
 
-    Files are read as streams: one document (and a sample of at most 64 million characters for the BPE) is
-    in memory at a time, not the corpus. Empty documents are left out.
+    Files are read as streams, twice or more often: some megabytes are in memory at a time, neither the corpus
+    nor a whole text file. Empty documents are left out.
 
     Args:
-      inputs: training text: .txt (one document a file), .jsonl (one a line), either also with .gz, and
-        .parquet (one a row).
+      inputs: training text, as `find_sources` takes it: files, folders, patterns, standard input.
       output: the folder; must not exist, or be empty. It is there whole or not at all.
       held_out: files to be scored, not trained on; or the share of `inputs` that is split off for it.
       tokenizer: "bpe" (trained on an even sample of `inputs`), "bytes", or a tokenizer.json of mc_jax.
       vocab_size: ids of the "bpe" tokenizer; None otherwise.
-      text_field: field of .jsonl or column of .parquet that has the text.
-      template: what makes a text of the conversation that a line or row has, of which the responses alone
-        are learned and scored; None: lines and rows have texts.
+      reading: how files are read, and which documents count; None: as `Reading` has it.
+      told: is told how much is done.
 
     Returns:
       The opened folder.
@@ -59,68 +61,50 @@ def prepare(
     Raises:
       ValueError: settings or files that do not fit; one line with the cure.
     """
-    content = text_field if template is None else template
-    training = [Path(path) for path in inputs]
-    scored = [] if isinstance(held_out, float) else [Path(path) for path in held_out]
+    reading = Reading() if reading is None else reading
     folder = Path(output).expanduser().resolve()
     must_be_free(folder)
-    if not training:
+    if not inputs:
         raise ValueError("there is nothing to prepare; give at least one file")
-    for path in training + scored:
-        check_readable(path)
-    _must_differ(training, scored)
-    if isinstance(held_out, float):
-        split = split_off(_read(training, content), held_out)
-        parts = {TRAIN: (training, split.train), HELD_OUT: (training, split.held_out)}
-    else:
-        parts = {TRAIN: (training, iter), HELD_OUT: (scored, iter)}
-
-    def documents(part: str) -> Iterator[Document]:
-        paths, choose = parts[part]
-        return choose(_read(paths, content))
-
-    used_tokenizer = _choose_tokenizer(tokenizer, vocab_size, documents(TRAIN))
+    given = None if tokenizer == "bpe" else _given_tokenizer(tokenizer, vocab_size)
+    if given is None and vocab_size is None:
+        raise ValueError("tokenizer 'bpe' has no size; set vocab_size, for example to 4096")
+    share = held_out if isinstance(held_out, Share) else None
+    scored = [] if isinstance(held_out, Share) else find_sources(held_out, format=reading.format)
+    training = find_sources(inputs, format=reading.format, without=scored)
+    must_differ([*training, *scored])
+    selection = select({TRAIN: training, HELD_OUT: scored}, reading, share=share, told=told)
+    if given is None:
+        assert vocab_size is not None
+        given = train_bpe(_sample(selection.training, selection.characters), vocab_size)
     with new_folder(folder) as partial:
-        used_tokenizer.save(partial / TOKENIZER_FILE)
+        given.save(partial / TOKENIZER_FILE)
+        tallies = _write(partial, selection, given, told)
         splits = {}
-        for part, (paths, _) in parts.items():
-            if not paths:
-                continue
-            store = write_store(partial / part, tokenize(documents(part), used_tokenizer), used_tokenizer)
-            splits[part] = {
-                "files": [path.name for path in paths],
-                "documents": len(store),
-                "tokens": store.num_tokens,
-                "text_bytes": store.num_bytes,
-            }
-        manifest = {"fingerprint": used_tokenizer.fingerprint, "splits": splits}
+        for part, tally in tallies.items():
+            files = training if part == TRAIN or share is not None else scored
+            splits[part] = {"files": [Path(source.place).name for source in files]} | tally.totals()
+        write_json(partial / SUMMARY_FILE, summary(selection, tallies))
+        manifest = {"fingerprint": given.fingerprint, "splits": splits}
         write_json(partial / MANIFEST_FILE, {"kind": KIND, "version": VERSION} | manifest)
     return open_prepared(folder)
 
 
-def _read(paths: Iterable[Path], content: str | ChatTemplate) -> Iterator[Document]:
-    for path in paths:
-        yield from read_documents(path, content)
+def _write(
+    folder: Path, selection: Selection, tokenizer: Tokenizer, told: Progress | None
+) -> dict[str, Tally]:
+    """Tokenize what was selected into a store a part."""
+    tallies = {part: Tally() for part in selection.parts}
+    documents = selection.documents(told, "tokenizing")
+    with contextlib.ExitStack() as stack:
+        add = {part: stack.enter_context(store_writer(folder / part, tokenizer)) for part in tallies}
+        for part, document in tokenize_labelled(documents, tokenizer):
+            add[part](document)
+            tallies[part].add(document)
+    return tallies
 
 
-def _must_differ(training: list[Path], scored: list[Path]) -> None:
-    seen: set[Path] = set()
-    for path in training + scored:
-        if path.resolve() in seen:
-            raise ValueError(
-                f"{path} is given twice; give each file once, for training or for held_out, "
-                "or the result is measured on text that was trained on"
-            )
-        seen.add(path.resolve())
-
-
-def _choose_tokenizer(
-    tokenizer: str | Path, vocab_size: int | None, documents: Iterable[Document]
-) -> Tokenizer:
-    if tokenizer == "bpe":
-        if vocab_size is None:
-            raise ValueError("tokenizer 'bpe' has no size; set vocab_size, for example to 4096")
-        return train_bpe(_sample(documents), vocab_size)
+def _given_tokenizer(tokenizer: str | Path, vocab_size: int | None) -> Tokenizer:
     if vocab_size is not None:
         raise ValueError(
             f"vocab_size {vocab_size} has no effect with tokenizer {str(tokenizer)!r}; "
@@ -129,16 +113,25 @@ def _choose_tokenizer(
     return ByteTokenizer() if tokenizer == "bytes" else load_tokenizer(Path(tokenizer))
 
 
-def _sample(documents: Iterable[Document], characters: int = _SAMPLE_CHARACTERS) -> list[str]:
-    """Every n-th piece of the text, n the least power of two for which they have at most `characters`."""
-    pieces = (piece for document in documents for piece in cut_text(document.text))
-    sample, size, every = [], 0, 1
-    for number, piece in enumerate(pieces):
-        if number % every:
-            continue
-        sample.append(piece)
-        size += len(piece)
-        while size > characters and len(sample) > 1:
-            sample, every = sample[::2], 2 * every
-            size = sum(len(piece) for piece in sample)
-    return sample
+def _sample(
+    read: Callable[[], Iterable[Document]], characters: int, most: int = _SAMPLE_CHARACTERS
+) -> Iterator[str]:
+    """Every n-th piece of the text, n the least power of two for which they have at most `most` characters.
+
+    Args:
+      read: begins to read the documents.
+      characters: that they have, or somewhat more.
+      most: characters of the sample.
+    """
+
+    def pieces() -> Iterator[str]:
+        return (piece for document in read() for piece in cut_text(document.text))
+
+    every = 1
+    if characters > most:
+        sizes = [0] * 64  # by the largest power of two that divides a piece's number
+        for number, piece in enumerate(pieces()):
+            sizes[(number & -number).bit_length() - 1 if number else -1] += len(piece)
+        while sum(sizes[every.bit_length() - 1 :]) > most:
+            every *= 2
+    return itertools.islice(pieces(), 0, None, every)

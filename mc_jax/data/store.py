@@ -9,13 +9,14 @@ renamed when it is whole.
 """
 
 import array
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -136,14 +137,17 @@ def memory_store(documents: Iterable[TokenizedDocument], tokenizer: Tokenizer) -
     documents = list(documents)
     if not documents:
         raise ValueError("there is no text in the documents; give at least one that is not empty")
+    ends = [place for place, document in enumerate(documents) if not document.continues]
+    firsts = [0, *(end + 1 for end in ends[:-1])]
     lengths = [len(document.tokens) for document in documents]
+    text_bytes = [document.text_bytes for document in documents]
     is_partly = any(document.scored is not None for document in documents)
     return TokenStore(
         scored=np.concatenate([_mask(document) for document in documents]) if is_partly else None,
         tokens=np.concatenate([document.tokens for document in documents]).astype(_token_dtype(tokenizer)),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        text_bytes=np.array([document.text_bytes for document in documents], np.int64),
-        names=[document.name for document in documents],
+        offsets=np.concatenate([[0], np.cumsum(lengths)[ends]]).astype(np.int64),
+        text_bytes=np.add.reduceat(np.array(text_bytes, np.int64), firsts),
+        names=[documents[first].name for first in firsts],
         separator_id=tokenizer.separator_id,
         vocab_size=tokenizer.vocab_size,
         fingerprint=tokenizer.fingerprint,
@@ -161,46 +165,82 @@ def write_store(folder: Path, documents: Iterable[TokenizedDocument], tokenizer:
     Raises:
       ValueError: the folder is taken, or there are no documents. Nothing is left behind.
     """
+    with store_writer(folder, tokenizer) as add:
+        for document in documents:
+            add(document)
+    return open_store(folder)
+
+
+@contextlib.contextmanager
+def store_writer(folder: Path, tokenizer: Tokenizer) -> Generator[Callable[[TokenizedDocument], None]]:
+    """Yield what adds a document to a new folder, which is there, whole, at the end; `write_store` says how.
+
+    Raises:
+      ValueError: the folder is taken, or nothing was added. Nothing is left behind.
+    """
     must_be_free(folder)
     dtype = _token_dtype(tokenizer)
-    offsets, text_bytes, is_partly = array.array("q", [0]), array.array("q"), False
     with new_folder(folder) as partial:
-        with (
-            (partial / "tokens.bin").open("wb") as tokens_file,
-            (partial / "names.txt").open("w", encoding="utf-8") as names_file,
-            (partial / _SCORED).open("wb") as scored_file,
-        ):
-            for document in documents:
-                tokens_file.write(document.tokens.astype(dtype).data)
-                names_file.write(json.dumps(document.name) + "\n")
-                offsets.append(offsets[-1] + len(document.tokens))
-                text_bytes.append(document.text_bytes)
-                scored_file.write(_mask(document).data)
-                is_partly = is_partly or document.scored is not None
-        if not is_partly:
-            (partial / _SCORED).unlink()
-        if not text_bytes:
+        with _Writer(partial, dtype) as writer:
+            yield writer.add
+        files = (*_FILES, *([_SCORED] if writer.is_partly else []))
+        if not writer.text_bytes:
             raise ValueError(f"there is no text to write to {folder}; give at least one document with text")
-        np.save(partial / "offsets.npy", np.array(offsets, np.int64))
-        np.save(partial / "text_bytes.npy", np.array(text_bytes, np.int64))
+        np.save(partial / "offsets.npy", np.array(writer.offsets, np.int64))
+        np.save(partial / "text_bytes.npy", np.array(writer.text_bytes, np.int64))
         write_json(
             partial / _MANIFEST,
             {
                 "kind": _KIND,
-                "version": _VERSION_WITH_SCORED if is_partly else _VERSION,
+                "version": _VERSION_WITH_SCORED if writer.is_partly else _VERSION,
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
                 "separator_id": tokenizer.separator_id,
                 "dtype": dtype.name,
-                "documents": len(text_bytes),
-                "tokens": offsets[-1],
-                "text_bytes": sum(text_bytes),
-                "files": {
-                    name: _measure(partial / name) for name in (*_FILES, *([_SCORED] if is_partly else []))
-                },
+                "documents": len(writer.text_bytes),
+                "tokens": writer.offsets[-1],
+                "text_bytes": sum(writer.text_bytes),
+                "files": {name: _measure(partial / name) for name in files},
             },
         )
-    return open_store(folder)
+
+
+class _Writer(contextlib.ExitStack):
+    """The files of a store that grow with each document."""
+
+    def __init__(self, folder: Path, dtype: np.dtype):
+        super().__init__()
+        self._dtype = dtype
+        self._tokens = self.enter_context((folder / "tokens.bin").open("wb"))
+        self._names = self.enter_context((folder / "names.txt").open("w", encoding="utf-8"))
+        self._scored_path = folder / _SCORED
+        self._scored: BinaryIO | None = None
+        self._continues = False
+        self.offsets, self.text_bytes = array.array("q", [0]), array.array("q")
+
+    @property
+    def is_partly(self) -> bool:
+        """Whether not every pair is scored."""
+        return self._scored is not None
+
+    def add(self, document: TokenizedDocument) -> None:
+        """Write a document, or a part of one."""
+        if document.scored is not None and self._scored is None:
+            self._scored = self.enter_context(self._scored_path.open("wb"))
+            before = self.offsets[-1] + len(self.text_bytes)
+            for begin in range(0, before, _BLOCK):
+                self._scored.write(np.ones(min(_BLOCK, before - begin), bool).data)
+        if self._scored is not None:
+            self._scored.write(_mask(document).data)
+        self._tokens.write(document.tokens.astype(self._dtype).data)
+        if self._continues:
+            self.offsets[-1] += len(document.tokens)
+            self.text_bytes[-1] += document.text_bytes
+        else:
+            self._names.write(json.dumps(document.name) + "\n")
+            self.offsets.append(self.offsets[-1] + len(document.tokens))
+            self.text_bytes.append(document.text_bytes)
+        self._continues = document.continues
 
 
 def open_store(folder: Path, tokenizer: Tokenizer | None = None) -> TokenStore:
@@ -271,7 +311,9 @@ class _Names(Sequence[str]):
 
 
 def _mask(document: TokenizedDocument) -> np.ndarray:
-    return np.ones(len(document.tokens) + 1, bool) if document.scored is None else document.scored
+    if document.scored is not None:
+        return document.scored
+    return np.ones(len(document.tokens) + (not document.continues), bool)
 
 
 def _token_dtype(tokenizer: Tokenizer) -> np.dtype:

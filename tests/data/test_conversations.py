@@ -9,11 +9,13 @@ import pytest
 from untrained import config_of, model_of
 
 from mc_jax.cli import main
+from mc_jax.data._readers import Reading
 from mc_jax.data.conversations import ChatTemplate, conversation, read_template
 from mc_jax.data.dataset import open_prepared
 from mc_jax.data.documents import Document, tokenize
 from mc_jax.data.prepare import prepare
 from mc_jax.data.rows import Rows
+from mc_jax.data.split import Share
 from mc_jax.data.store import memory_store, open_store, write_store
 from mc_jax.data.tokenizer import ByteTokenizer, train_bpe
 from mc_jax.data.windows import evaluation_windows
@@ -137,7 +139,11 @@ def test_a_held_out_part_is_of_whole_conversations(tmp_path):
     lines = [{"prompt": f"{number}? ", "response": f"{number}!"} for number in range(5)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = prepare(
-        [tmp_path / "a.jsonl"], tmp_path / "out", held_out=0.01, tokenizer="bytes", template=ChatTemplate()
+        [tmp_path / "a.jsonl"],
+        tmp_path / "out",
+        held_out=Share(),
+        tokenizer="bytes",
+        reading=Reading(template=ChatTemplate()),
     )
     assert (len(found.train), len(found.held_out)) == (4, 1)
     text = found.tokenizer.decode(found.held_out.document(0))
@@ -191,7 +197,8 @@ def test_the_command_prepares_conversations_that_training_and_eval_read(tmp_path
         ({"messages": []}, "messages is no list"),
         ({"messages": [{"role": "user", "content": None}]}, "messages is no list"),
         ({"messages": CHAT[:1]}, 'has no message of the role "assistant"'),
-        (["x"], "it has: list"),
+        (["x"], "messages is no list"),
+        ("x", "it has: str"),
     ],
 )
 def test_what_is_no_conversation_is_one_line_with_its_place(line, told):

@@ -5,9 +5,11 @@ import json
 import pytest
 
 from mc_jax.cli import main
+from mc_jax.data._readers import Reading
 from mc_jax.data.dataset import open_prepared
 from mc_jax.data.documents import Document
 from mc_jax.data.prepare import _sample, prepare
+from mc_jax.data.split import Share
 from mc_jax.data.tokenizer import ByteTokenizer, train_bpe
 
 TEXTS = ["the cat sat on the mat\r\n" * 30, "the other cat: naïve 😀\n" * 30, "a third\n"]
@@ -52,7 +54,7 @@ def test_held_out_text_is_not_trained_on_and_a_tokenizer_can_be_given(tmp_path):
         tmp_path / "deep" / "out",
         held_out=[write(tmp_path / "b.jsonl", ["held", "", "out"], field="content")],
         tokenizer=tmp_path / "tokenizer.json",
-        text_field="content",
+        reading=Reading(text_field="content"),
     )
     assert dataset.tokenizer.fingerprint == tokenizer.fingerprint
     assert texts_of(dataset.held_out, tokenizer) == ["held", "out"]
@@ -71,18 +73,19 @@ def test_an_empty_folder_may_be_filled_and_a_full_one_not(tmp_path):
 
 def test_a_corpus_beyond_the_bound_is_sampled_evenly():
     documents = [Document(str(i), f"{i:04} ") for i in range(1000)]
-    assert _sample(documents, 10**6) == [document.text for document in documents]
-    sample = _sample(documents, 1000)
+    assert list(_sample(lambda: documents, 5000, 10**6)) == [document.text for document in documents]
+    sample = _sample(lambda: documents, 5000, 1000)
     assert [int(text) for text in sample] == list(range(0, 1000, 8))
 
 
 def settings_errors(tmp_path):
     source = write(tmp_path / "a.txt")
     jsonl = write(tmp_path / "a.jsonl")
+    (tmp_path / "empty").mkdir(exist_ok=True)
     return [
         ({"inputs": []}, "at least one file"),
         ({"inputs": [tmp_path / "none.txt"]}, "there is no file .*none.txt"),
-        ({"inputs": [tmp_path]}, r"is a folder; give its files"),
+        ({"inputs": [tmp_path / "empty"]}, r"no file of a known format in .*empty"),
         ({"inputs": [write(tmp_path / "a.csv")]}, "no known format"),
         ({"inputs": [source, source]}, "given twice"),
         ({"inputs": [source], "held_out": [source]}, "given twice"),
@@ -90,7 +93,7 @@ def settings_errors(tmp_path):
         ({"inputs": [source], "vocab_size": 300}, "vocab_size 300 has no effect with tokenizer 'bytes'"),
         ({"inputs": [source], "tokenizer": tmp_path / "none.json"}, "there is no tokenizer at .*none.json"),
         (
-            {"inputs": [jsonl], "text_field": "body"},
+            {"inputs": [jsonl], "reading": Reading(text_field="body")},
             r"a.jsonl:1 has no text in field 'body' \(it has: id, text\)",
         ),
     ]
@@ -104,7 +107,7 @@ def content_errors(tmp_path):
     good = b'{"text": "good"}\n'
     return [
         (file("b.txt", b"\xff"), "b.txt is not UTF-8"),
-        (file("b.jsonl", good + b"\xff\n"), "b.jsonl is not UTF-8"),
+        (file("b.jsonl", good + b"\xff\n"), "b.jsonl:2 is not UTF-8"),
         (file("c.jsonl", good + b"{\n"), "c.jsonl:2 is not JSON"),
         (file("d.jsonl", good + b'["text"]\n'), "d.jsonl:2 has no text"),
         (file("e.jsonl", good + b'{"text": null}\n'), "e.jsonl:2 has no text"),
@@ -138,8 +141,13 @@ def test_each_row_of_parquet_is_a_document(tmp_path):
     parquet.write_table(pyarrow.table({"id": [0, 1, 2], "text": TEXTS}), tmp_path / "a.parquet")
     dataset = prepare([tmp_path / "a.parquet"], tmp_path / "out", tokenizer="bytes")
     assert texts_of(dataset.train, ByteTokenizer()) == TEXTS
-    with pytest.raises(ValueError, match=r"no column 'body' \(it has: id, text\)"):
-        prepare([tmp_path / "a.parquet"], tmp_path / "other", tokenizer="bytes", text_field="body")
+    with pytest.raises(ValueError, match=r"no text in field 'body' \(it has: id, text\)"):
+        prepare(
+            [tmp_path / "a.parquet"],
+            tmp_path / "other",
+            tokenizer="bytes",
+            reading=Reading(text_field="body"),
+        )
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"b\.parquet cannot be read"):
         prepare([tmp_path / "b.parquet"], tmp_path / "other", tokenizer="bytes")
@@ -148,7 +156,7 @@ def test_each_row_of_parquet_is_a_document(tmp_path):
 def test_a_hundredth_of_the_documents_is_split_off_the_same_every_time(tmp_path):
     texts = [f"document {number}, which is one of many" for number in range(300)]
     source = write(tmp_path / "a.jsonl", ["", *texts])
-    first, second = (prepare([source], tmp_path / name, held_out=0.01, vocab_size=270) for name in "xy")
+    first, second = (prepare([source], tmp_path / name, held_out=Share(), vocab_size=270) for name in "xy")
     held_out, train = texts_of(first.held_out, first.tokenizer), texts_of(first.train, first.tokenizer)
     assert len(held_out) == 3
     assert sorted(held_out + train) == sorted(texts), "each document is in one part, whole"
@@ -158,12 +166,12 @@ def test_a_hundredth_of_the_documents_is_split_off_the_same_every_time(tmp_path)
 
 def test_of_few_documents_the_end_of_the_longest_is_split_off(tmp_path):
     files = [write(tmp_path / "a.txt", ["short"]), write(tmp_path / "b.txt", ["some words " * 100])]
-    dataset = prepare(files, tmp_path / "out", held_out=0.01, tokenizer="bytes")
+    dataset = prepare(files, tmp_path / "out", held_out=Share(), tokenizer="bytes")
     assert texts_of(dataset.held_out, dataset.tokenizer) == ["some words "]
     assert texts_of(dataset.train, dataset.tokenizer) == ["short", "some words " * 99]
     assert list(dataset.held_out.names) == ["b.txt from character 1089 on"]
     with pytest.raises(ValueError, match="too little text to split off"):
-        prepare([write(tmp_path / "c.txt", ["x"])], tmp_path / "other", held_out=0.01, tokenizer="bytes")
+        prepare([write(tmp_path / "c.txt", ["x"])], tmp_path / "other", held_out=Share(), tokenizer="bytes")
     assert not (tmp_path / "other").exists()
 
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import hypothesis
@@ -10,6 +11,7 @@ from mc_jax.data.tokenizer import (
     SEPARATOR_ID,
     BpeTokenizer,
     ByteTokenizer,
+    cut_stream,
     cut_text,
     load_tokenizer,
     train_bpe,
@@ -131,3 +133,34 @@ def test_a_damaged_tokenizer_is_refused(tmp_path):
     path.write_text(json.dumps(values | {"version": 2}))
     with pytest.raises(ValueError, match="version 2"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 40_000, "ACGT" * 9000, "東京" * 9000, "=" * 20_000 + " end", " " * 30_000]
+)
+def test_a_word_without_end_is_cut_and_comes_back_whole(text):
+    assert max(map(len, cut_text(text))) <= 1 << 14
+    assert BPE.decode(BPE.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["a1" * 20_000, "東京、大阪。" * 5000, "word\t" * 9000, "+/Ab9" * 9000, "그는 말했다\r\n" * 4000]
+)
+def test_ordinary_text_is_cut_where_no_token_changes(text):
+    whole = BPE.library_model().encode(text, add_special_tokens=False).ids
+    assert len(list(cut_text(text))) > 1
+    np.testing.assert_array_equal(BPE.encode(text), whole)
+
+
+@hypothesis.given(sizes=st.lists(st.integers(1, 9000), min_size=1, max_size=9))
+@hypothesis.settings(max_examples=20)
+def test_a_text_in_chunks_is_cut_as_the_whole_is(sizes):
+    for text in (TEXT * 30, "x" * 50_000, "word" * 9000 + "。" * 9000):
+        edges = list(itertools.accumulate(itertools.islice(itertools.cycle(sizes), 99), initial=0))
+        chunks = [text[start:stop] for start, stop in itertools.pairwise([*edges, max(edges[-1], len(text))])]
+        assert list(cut_stream(chunks, 100)) == list(cut_text(text, 100))
+
+
+def test_to_learn_from_a_word_without_end_takes_no_time_without_end():
+    tokenizer = train_bpe(["x" * 300_000, TEXT], 270)
+    assert tokenizer.decode(tokenizer.encode("xxx the cat")) == "xxx the cat"
