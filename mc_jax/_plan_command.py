@@ -9,6 +9,7 @@ import tyro
 from mc_jax._arguments import UsageError, parse
 from mc_jax._recipes import describe_recipes, known_recipes, load_recipe
 from mc_jax.config import Config, validate
+from mc_jax.slices import EXAMPLES, read_slice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class PlanArguments:
     """Options of `mc-jax plan RECIPE`."""
 
     topology: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOPOLOGY [TOPOLOGY ...]")]
-    """Chips, such as v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2 or h100:8; several are laid side by side."""
+    """Chips, such as v5e:4x4, v5p:4x4x4, v5p-128, v6e-256 or h100:8; several are laid side by side."""
     slices: int = 1
     """Slices of that topology, joined by a network."""
     vocab_size: int | None = None
@@ -65,9 +66,11 @@ def plan(arguments: Sequence[str]) -> None:
         default=PlanArguments(topology=(), config=config),
     )
     if not chosen.topology:
-        raise UsageError("which chips? give --topology, such as v5e:4x4, v5p:4x4x4, tpu7x:2x2x2 or h100:8")
+        raise UsageError(f"which chips? give --topology, such as {EXAMPLES}")
     if chosen.search and (chosen.json or len(chosen.topology) > 1):
         raise UsageError("--search prints what it finds for one --topology; leave --json and the others out")
+    for topology in chosen.topology:
+        read_slice(topology)
     validate(chosen.config)
     if chosen.search:
         _search(chosen)
@@ -89,7 +92,7 @@ def _plan_help() -> str:
             "                   [--vocab-size N] [--json]",
             "",
             "Tell whether a recipe fits chips that are not here, how fast it is, and what takes the time.",
-            "A TOPOLOGY is such as v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2 or h100:8. The very training",
+            f"A TOPOLOGY is such as {EXAMPLES}. The very training",
             "step is compiled; of GPUs, memory and FLOPs are told by formula. A RECIPE is one of",
             describe_recipes(),
             "or the path of a Python file with a function config(). mc-jax plan RECIPE --help tells all.",
@@ -103,6 +106,7 @@ def _compare_plans(chosen: CompareArguments) -> None:
         recipe, at, topology = one.rpartition("@")
         if not at:
             raise UsageError(f"{one!r} has no topology; write RECIPE@TOPOLOGY, such as quickstart@v5e:2x2")
+        read_slice(topology)
         name, _, config = load_recipe(recipe)
         wanted.append((name, validate(config), topology))
     if not wanted:

@@ -23,6 +23,7 @@ RANKS = {
     "stop_signals": 0,
     "_selftest": 1,
     "facts": 0,
+    "slices": 0,
     "config": 1,
     "data": 1,
     "memories": 1,
@@ -40,6 +41,7 @@ RANKS = {
 ONLY = {
     "pallas_kernels": set(),
     "facts": set(),
+    "slices": set(),
     "config": {"facts"},
     "data": {"config"},
     "recipe": {"config", "facts"},

@@ -1,17 +1,13 @@
-"""Names of topologies, such as "v5p:4x4x4" or "h100:8", and the devices they stand for."""
+"""Topologies by name, such as "v5p:4x4x4" or "h100:8", and the devices they stand for."""
 
 import dataclasses
 import importlib.util
-import math
-import re
 
 import jax
 from jax.experimental import topologies
 
-from mc_jax.planning.chips import CHIPS, GPUS
-
-EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2, h100:8"
-_NAME = re.compile(r"^([a-z0-9]+):(\d+(?:x\d+)*)$")
+from mc_jax.planning.chips import CHIPS
+from mc_jax.slices import EXAMPLES, read_slice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +15,7 @@ class Topology:
     """Chips and how they are joined."""
 
     name: str
-    """The topology as the user wrote it."""
+    """As libtpu writes it, such as "v5p:4x4x4"; of GPUs, such as "h100:8"."""
     chip: str
     """A name in `CHIPS` or `GPUS`."""
     sides: tuple[int, ...]
@@ -58,25 +54,15 @@ class Topology:
 
 
 def read_topology(name: str, slices: int = 1) -> Topology:
-    """Return what a name stands for.
+    """Return what a name stands for (`mc_jax.slices.read_slice`).
 
     Raises:
-      ValueError: a name that is none, or a chip that nobody has figures of.
+      ValueError: a name that is none, a chip that nobody has figures of, or a slice that is not sold.
     """
-    found = _NAME.match(name)
-    chips = ", ".join([*CHIPS, *GPUS])
-    if found is None:
-        raise ValueError(f"there is no topology {name!r}; write CHIP:SIZES, such as {EXAMPLES}")
-    chip, sides = found[1], tuple(int(side) for side in found[2].split("x"))
-    if chip not in CHIPS and chip not in GPUS:
-        raise ValueError(
-            f"there is no chip {chip!r} in topology {name!r}; known are {chips}; such as {EXAMPLES}"
-        )
-    if chip in GPUS and len(sides) > 1:
-        raise ValueError(f"GPUs have a number, not sides as in {name!r}; write {chip}:{math.prod(sides)}")
-    if 0 in sides or slices < 1:
+    chip, sides = read_slice(name)
+    if slices < 1:
         raise ValueError(f"{slices} slices of {name!r} have no chips; set all numbers to 1 or more")
-    return Topology(name=name, chip=chip, sides=sides, slices=slices)
+    return Topology(name=f"{chip}:{'x'.join(map(str, sides))}", chip=chip, sides=sides, slices=slices)
 
 
 def _first_line(error: Exception) -> str:

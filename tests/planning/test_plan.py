@@ -1,5 +1,6 @@
 """A run is planned for chips that are not here: from the command line, and as a function."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from mc_jax.planning.chips import CHIPS
 from mc_jax.planning.memory import capacity_of, refused_memory
 from mc_jax.planning.plan import plan, vocabulary_of
 from mc_jax.planning.program import operations
+from mc_jax.planning.topology import read_topology
 from mc_jax.training.step import TrainState
 
 RECIPE = '''"""One layer, as shallow as recipes get."""
@@ -127,10 +129,11 @@ def test_a_mistake_is_told_in_one_line(words, told, recipe, capsys):
     assert captured.out == ""
 
 
-def test_a_topology_that_libtpu_does_not_know_is_a_mistake():
+def test_a_slice_that_libtpu_does_not_know_is_a_mistake():
     four("v5e")
-    with pytest.raises(ValueError, match=r"libtpu knows no topology 'v5e:3x5x7'.*known are such as v5e:4x4"):
-        plan(Config(), topology="v5e:3x5x7")
+    no_such = dataclasses.replace(read_topology("v5p:2x2x1"), name="v5p:1x1x7")
+    with pytest.raises(ValueError, match=r"libtpu knows no topology 'v5p:1x1x7'.*known are such as v5e:4x4"):
+        no_such.devices()
 
 
 def test_without_libtpu_the_cure_is_told(monkeypatch):
