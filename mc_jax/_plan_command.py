@@ -123,17 +123,19 @@ def _print_plans(
 
     from mc_jax.planning import plan as make_plan
     from mc_jax.planning.show import compare, print_json, show
+    from mc_jax.planning.verdict import verdict_of
 
-    plans = [
-        (title, make_plan(config, topology=topology, slices=slices, vocab_size=vocab_size))
-        for title, (_, config, topology) in zip(titles, wanted, strict=True)
-    ]
+    plans = []
+    for title, (_, config, topology) in zip(titles, wanted, strict=True):
+        made = make_plan(config, topology=topology, slices=slices, vocab_size=vocab_size)
+        plans.append((title, made, verdict_of(made, config)))
     if as_json:
         print_json(plans)
     elif len(plans) > 1:
         compare(plans)
     else:
-        show(plans[0][1], plans[0][0])
+        title, made, verdict = plans[0]
+        show(made, verdict, title)
 
 
 def _search(chosen: PlanArguments) -> None:

@@ -11,7 +11,9 @@ from mc_jax.config import ModelConfig
 from mc_jax.planning.cost import kernel_name
 from mc_jax.planning.program import Operation
 
-OPTIMIZER, UNKNOWN = "optimizer", "unknown source"
+OPTIMIZER = "optimizer"
+COMPILER = "the compiler's own"  # such as other layouts: it says of these nowhere what they are for
+UNKNOWN = "unknown source"
 
 # Functions and files of the frames around an operation, the inmost frame first: the first that fits tells.
 _FUNCTIONS = (
@@ -39,6 +41,8 @@ _FILES = (
     (r"/parallel/cross_entropy", "output map and loss"),
     (r"/parallel/attention|/splash_attention/", "attention"),
 )
+# Kernels of packages whose calls the compiler's program has no source of.
+_KERNELS = ((r"splash_mha_", "attention"),)
 _COPIES = re.compile(r"^(copy|transpose|bitcast|slice|reshape|pad|concatenate|dynamic-(update-)?slice)")
 
 
@@ -74,7 +78,7 @@ def matrices(parameters: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
 
 
 def operation_part(operation: Operation) -> str:
-    """Return the part of the step that an operation was traced in."""
+    """Return the part of the step that an operation was traced in, or `UNKNOWN` where the tables lack it."""
     for frame in operation.frames:
         for pattern, part in _FUNCTIONS:
             if re.search(rf"\b(?:{pattern})", frame.function):
@@ -82,7 +86,11 @@ def operation_part(operation: Operation) -> str:
         for pattern, part in _FILES:
             if re.search(pattern, frame.file):
                 return part
-    return UNKNOWN
+    if operation.is_kernel:
+        for pattern, part in _KERNELS:
+            if re.match(pattern, kernel_name(operation.name)):
+                return part
+    return UNKNOWN if operation.frames or operation.source or operation.is_kernel else COMPILER
 
 
 def operation_work(operation: Operation) -> str:

@@ -9,9 +9,11 @@ from rich.table import Table
 
 from mc_jax.data.files import json_text
 from mc_jax.planning.collectives import Collective
+from mc_jax.planning.parts import UNKNOWN
 from mc_jax.planning.plan import Plan
 from mc_jax.planning.search import Attempt, Found
 from mc_jax.planning.speed import Speed
+from mc_jax.planning.verdict import Verdict
 
 _GROUPS = 16
 _COLLECTIVES = 12
@@ -23,10 +25,12 @@ _CAVEATS = (
 )
 
 
-def show(plan: Plan, title: str) -> None:
-    """Print one plan."""
+def show(plan: Plan, verdict: Verdict, title: str) -> None:
+    """Print one plan, its verdict first."""
     console = Console()
-    console.print(f"[bold]{title}[/bold]")
+    for line in verdict.lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\n[bold]{title}[/bold]")
     console.print(_head(plan), highlight=False)
     console.print(_parameters(plan), _memory(plan))
     console.print(_flops(plan))
@@ -35,14 +39,22 @@ def show(plan: Plan, title: str) -> None:
     if plan.speed is None:
         return
     console.print(_speed(plan, plan.speed), _groups(plan.speed), _dearest(plan.speed))
+    lost = sum(group.cycles for group in plan.speed.groups if group.part == UNKNOWN)
+    if lost:
+        told = (
+            f"{_share(lost, plan.speed):.1f} % of the time is of sources that mc_jax/planning/parts.py lacks"
+        )
+        console.print(told, style="bold")
     console.print(_CAVEATS, style="dim")
 
 
-def compare(plans: Sequence[tuple[str, Plan]]) -> None:
+def compare(plans: Sequence[tuple[str, Plan, Verdict]]) -> None:
     """Print several plans side by side."""
-    table = Table("", *[title for title, _ in plans], title="plans; times, tokens/s and MFU are estimates")
+    table = Table("", *[title for title, *_ in plans], title="plans; times, tokens/s and MFU are estimates")
     for name, tell in _ROWS:
-        table.add_row(name, *[tell(plan) for _, plan in plans])
+        table.add_row(name, *[tell(plan) for _, plan, _ in plans])
+    table.add_row("whole run, hours", *[_number(verdict.hours) for *_, verdict in plans])
+    table.add_row("whole run, chip-hours", *[_number(verdict.chip_hours) for *_, verdict in plans])
     Console().print(table)
 
 
@@ -66,9 +78,9 @@ def show_found(found: Found) -> None:
     Console().print(line, highlight=False)
 
 
-def to_json(title: str, plan: Plan) -> dict[str, Any]:
-    """Return all figures, those that are sums among them; estimates are under "speed"."""
-    found = dataclasses.asdict(plan)
+def to_json(title: str, plan: Plan, verdict: Verdict) -> dict[str, Any]:
+    """Return all figures, those that are sums among them; estimates are under "speed" and "verdict"."""
+    found: dict[str, Any] = {"verdict": dataclasses.asdict(verdict)} | dataclasses.asdict(plan)
     found["title"] = title
     found["parameters_total"] = sum(plan.parameters.values())
     found["tokens"] = plan.flops.tokens
@@ -77,9 +89,9 @@ def to_json(title: str, plan: Plan) -> dict[str, Any]:
     return found | {"speed": found["speed"] and found["speed"] | {"is_estimate": True}}
 
 
-def print_json(plans: Sequence[tuple[str, Plan]]) -> None:
+def print_json(plans: Sequence[tuple[str, Plan, Verdict]]) -> None:
     """Print one object, or a list if there are several plans."""
-    found = [to_json(title, plan) for title, plan in plans]
+    found = [to_json(title, plan, verdict) for title, plan, verdict in plans]
     print(json_text(found[0] if len(found) == 1 else found, indent=2))
 
 
@@ -236,6 +248,10 @@ def _tokens(plan: Plan) -> str:
 
 def _mfu(plan: Plan) -> str:
     return "-" if plan.speed is None else f"{100 * plan.speed.mfu:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
 
 
 def _gb(size: float) -> str:

@@ -3,12 +3,14 @@
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax.experimental.pallas.ops.tpu.splash_attention as splash_attention
 import optax
 import pytest
 
 from mc_jax.planning import parts
+from mc_jax.planning.program import Frame, Operation
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OWN = [file for folder in ("mc_jax", "pallas_kernels") for file in (ROOT / folder).rglob("*.py")]
@@ -40,3 +42,30 @@ def test_every_function_that_tells_a_part_is_there(pattern):
         assert re.search(rf"(class|def) {name}\b", source), (
             f"nothing is called {name}: what it did lands in no part"
         )
+
+
+def operation(name: str, **facts: Any) -> Operation:
+    plain: dict[str, Any] = {
+        "kind": "fusion",
+        "shape": "",
+        "source": "",
+        "times": 1,
+        "cycles": 1,
+        "is_kernel": False,
+    }
+    return Operation(**(plain | {"name": name} | facts))
+
+
+@pytest.mark.parametrize(
+    ("found", "part"),
+    [
+        (operation("splash_mha_fwd_segmented_residuals.2", is_kernel=True), "attention"),
+        (operation("copy.7"), parts.COMPILER),
+        (operation("new_kernel.1", is_kernel=True), parts.UNKNOWN),
+        (operation("fusion.3", source="jit(step)/add"), parts.UNKNOWN),
+        (operation("fusion.4", frames=(Frame(file="/elsewhere.py", function="new"),)), parts.UNKNOWN),
+    ],
+    ids=lambda one: getattr(one, "name", ""),
+)
+def test_what_has_no_source_is_told_from_what_the_tables_lack(found, part):
+    assert parts.operation_part(found) == part

@@ -72,6 +72,11 @@ def test_a_recipe_is_planned_for_tpus_from_the_command_line(recipe):
     assert {"kernel linear_memory", "kernel state_read"} <= kernels
     parts = {group["part"] for group in speed["groups"]}
     assert {"MLP", "optimizer", "mixer, cached reads"} <= parts
+    verdict = found["verdict"]
+    assert verdict["fits"]
+    assert verdict["hours"] == pytest.approx(1000 * speed["seconds"] / 3600)
+    assert verdict["chip_hours"] == pytest.approx(4 * verdict["hours"])
+    assert verdict["tokens_per_second_per_chip"] == pytest.approx(speed["tokens_per_second"] / 4)
     # What is compiled: the formula's, and what a kernel's blocks of states and tokens have too much.
     assert 1 <= speed["products"] * 4 / found["flops"]["step"] < 2
 
@@ -86,6 +91,17 @@ def test_a_recipe_is_planned_for_gpus_by_formula(recipe, capsys):
     assert parts["optimizer state"] == pytest.approx(2 * parts["weights"], rel=1e-3)
     assert parts["gradients"] == parts["weights"]
     assert not found["memory"]["is_compiled"]
+
+
+def test_a_plan_begins_with_its_verdict(recipe, capsys):
+    assert main(["plan", str(recipe), "--topology", "H100:8"]) == 0
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("fits, ")
+    assert first.endswith(" of 74.51 GiB of a chip, by formula")
+    assert second.startswith(
+        "step time, MFU and tokens/s: not known, for nothing is compiled for GPUs; at the peak"
+    )
+    assert third.startswith("whole run: 1,000 steps, 8.2 M tokens; at that peak ")
 
 
 def test_plans_are_laid_side_by_side(recipe, capsys):
@@ -131,8 +147,8 @@ def test_a_mistake_is_told_in_one_line(words, told, recipe, capsys):
 
 def test_a_slice_that_libtpu_does_not_know_is_a_mistake():
     four("v5e")
-    no_such = dataclasses.replace(read_topology("v5p:2x2x1"), name="v5p:1x1x7")
-    with pytest.raises(ValueError, match=r"libtpu knows no topology 'v5p:1x1x7'.*known are such as v5e:4x4"):
+    no_such = dataclasses.replace(read_topology("v5e:2x2"), name="v5e:3x5x7")
+    with pytest.raises(ValueError, match=r"libtpu knows no topology 'v5e:3x5x7'.*known are such as v5e:4x4"):
         no_such.devices()
 
 
