@@ -18,6 +18,9 @@ _PAGE = _ROOT / "docs/performance.md"
 _MODELS = ("linear-gated", "linear-sparse", "titans-gated", "transformer")
 # Of 16 chips: compiling for more takes longer, and tells the same but for what is sent.
 _TARGETS = ("v5p:2x2x4", "v5e:4x4", "v6e:4x4")
+# Tokens of a row, rows on 16 chips, and the lightest remat that all of the models fit with.
+_LENGTHS = {"4K": (4096, 32, "maps"), "32K": (32_768, 16, "maps"), "128K": (131_072, 16, "states")}
+_READS = ("linear-none", "linear-gated", "linear-sparse", "linear-null", "transformer")
 # What maps of a model with MLP memories return is too much to keep for these.
 _SMALL = ("v5e:4x4",)
 
@@ -47,6 +50,18 @@ def _cases() -> dict[str, list[str]]:
             *("--training.remat", "blocks"),
         ]
     return found
+
+
+def _lengths() -> dict[str, list[str]]:
+    """As `_cases`, of the second table."""
+    return {
+        f"{model}, {length}": [
+            *(f"paper-1.3b-{model}", "--topology", "v5p:2x2x4", "--data.context-length", str(tokens)),
+            *("--training.batch-size", str(rows), "--training.remat", remat),
+        ]
+        for length, (tokens, rows, remat) in _LENGTHS.items()
+        for model in _READS
+    }
 
 
 def _commit() -> str:
@@ -125,6 +140,17 @@ those of a small trained model do.
 |---|---|---|---|---|---|---|---|---|
 """
 
+_BY_LENGTH = """
+## By the length of rows
+
+What reads cost beside a transformer: the same models on a v5p:2x2x4, segments of 256 tokens (sparse reads
+two), each with the lightest recomputation that fits. Of 4K there are two rows on a chip, else one. Rows
+of the table that are missing have not been planned: compiling one takes two to four minutes of a core.
+
+| model, tokens a row | rows a chip | remat | HBM, GB | step, s | tokens/s a chip | MFU, % | range | commit |
+|---|---|---|---|---|---|---|---|---|
+"""
+
 _GPUS = """
 ## On a GPU
 
@@ -161,10 +187,15 @@ for 4 rows at a time 13.1 GB.
 
 
 def _write() -> None:
-    """Write the page with all that has been planned."""
-    found = ((name, _kept(name, arguments)) for name, arguments in _cases().items())
-    rows = [_row(name, one) for name, one in found if one]
-    _PAGE.write_text(_HEAD + "\n".join(rows) + "\n" + _GPUS)
+    """Write the page with all that has been planned: rows that are there and not planned here stay."""
+    before = {line.split(" | ")[0].removeprefix("| "): line for line in _PAGE.read_text().splitlines()}
+
+    def rows(cases: dict[str, list[str]]) -> str:
+        planned = {name: _kept(name, arguments) for name, arguments in cases.items()}
+        lines = [_row(name, one) if one else before.get(name) for name, one in planned.items()]
+        return "".join(f"{line}\n" for line in lines if line)
+
+    _PAGE.write_text(_HEAD + rows(_cases()) + _BY_LENGTH + rows(_lengths()) + _GPUS)
 
 
 def main() -> int:
@@ -174,7 +205,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="plan what has been planned, too")
     chosen = parser.parse_args()
     failed = []
-    for name, arguments in _cases().items():
+    for name, arguments in (_cases() | _lengths()).items():
         if chosen.only in name and (chosen.again or _kept(name, arguments) is None):
             failed += [] if _plan(name, arguments) else [name]
             _write()
