@@ -11,6 +11,7 @@ import tyro
 
 from mc_jax._arguments import UsageError, must_be_run, parse
 from mc_jax.config import AggregationName, Segmentation
+from mc_jax.data.sources import has_fields
 from mc_jax.stop_signals import current
 
 if TYPE_CHECKING:
@@ -66,9 +67,9 @@ class SweepArguments:
     state_dtype: tuple[_STATE_DTYPE, ...] = ()
     """Numbers that cached memories are kept as, in mode stream; None: as computed."""
     text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
-    """Text to be read instead of held-out text: .txt, .jsonl, both also with .gz, .parquet."""
+    """Text to be read instead of held-out text: files, folders and patterns, as mc-jax prepare takes them."""
     text_field: str = "text"
-    """Field of .jsonl, or column of .parquet, that has the text."""
+    """Field of JSON, or column of .parquet, that has the text; a.b is field b of field a."""
     corpus: str | None = None
     """A folder of mc-jax prepare with the runs' tokenizer, whose held-out part is read instead."""
 
@@ -132,12 +133,8 @@ def _must_have_effect(chosen: SweepArguments) -> None:
         raise UsageError("--overwrite has no effect with --dry-run; leave one of them out")
     if chosen.text and chosen.corpus is not None:
         raise UsageError("--corpus has no effect with --text, which is read instead; leave one of them out")
-    if chosen.text_field != SweepArguments.text_field and not any(
-        file.name.endswith((".jsonl", ".jsonl.gz", ".parquet")) for file in chosen.text
-    ):
-        raise UsageError(
-            "--text-field has no effect without a --text that is .jsonl or .parquet; leave it out"
-        )
+    if chosen.text_field != SweepArguments.text_field and not any(map(has_fields, chosen.text)):
+        raise UsageError("--text-field has no effect without a --text that has fields; leave it out")
     of_modes = (
         ("stream", ("max_cached", "when_full", "state_dtype")),
         ("last-k", ("last_k", "first")),

@@ -10,6 +10,7 @@ import tyro
 
 from mc_jax._arguments import UsageError
 from mc_jax.config import AggregationName, Segmentation
+from mc_jax.data.sources import has_fields
 from mc_jax.evaluation.harness.settings import PREFIX, HarnessSettings
 from mc_jax.evaluation.recall import RecallSettings
 
@@ -73,9 +74,9 @@ class EvalArguments:
     state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Numbers that cached memories are kept as, with --mode stream; None: as computed."""
     text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
-    """Text to be read instead: .txt (a document a file), .jsonl (a line), both also with .gz, .parquet."""
+    """Text to be read instead: files, folders and patterns, as mc-jax prepare takes them."""
     text_field: str = "text"
-    """Field of .jsonl, or column of .parquet, that has the text."""
+    """Field of JSON, or column of .parquet, that has the text; a.b is field b of field a."""
     tasks: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="TASK ...")] = None
     """Ask tasks instead, by their names in docs/tasks.md, or "all"; or lm-eval's, as lm_eval:NAME, or
     lm_eval:PATH.yaml."""
@@ -145,8 +146,8 @@ def _must_have_effect_on_text(chosen: EvalArguments) -> None:
     mode = mode_name(chosen)
     if chosen.text:
         _refuse(chosen, ["data.corpus"], "with --text, which is read instead; leave one of them out")
-    if not any(file.name.endswith((".jsonl", ".jsonl.gz", ".parquet")) for file in chosen.text):
-        _refuse(chosen, ["text_field"], "without a --text that is .jsonl or .parquet; leave it out")
+    if not any(map(has_fields, chosen.text)):
+        _refuse(chosen, ["text_field"], "without a --text that has fields; leave it out")
     if mode != "windows":
         _refuse(chosen, ["evaluation.stride"], f"with --mode {mode}; leave it out")
     if mode == "stream":

@@ -132,6 +132,12 @@ def must_differ(sources: Sequence[Source]) -> None:
         seen.add(path)
 
 
+def has_fields(path: Path) -> bool:
+    """Whether documents of a file have fields, by its name: all but those of .txt and .md."""
+    parsed = _parse(path.name)
+    return parsed is None or parsed[0] != "text"
+
+
 def _found(path: Path, given: str) -> list[tuple[Path, str]]:
     """The files of a folder or pattern, hidden ones left out, and their names from there on."""
     if path.is_dir():

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from mc_jax.cli import main
 from mc_jax.data._readers import Document, Problem, Reading, read_documents
 from mc_jax.data.conversations import ChatTemplate
 from mc_jax.data.prepare import prepare
-from mc_jax.data.sources import find_sources
+from mc_jax.data.sources import find_sources, has_fields
 from mc_jax.data.split import Share
 from mc_jax.data.tokenizer import ByteTokenizer
 
@@ -164,6 +165,11 @@ def test_what_is_bad_is_counted_and_the_rest_is_read(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "training: 2 documents" in told
     assert f"left out, null for a text: 1, first: {tmp_path / 'a.jsonl'}:2 has no text" in told
+
+
+def test_which_files_have_fields_is_told_by_their_names():
+    names = ("a.txt", "a.MD.gz", "a.ndjson", "a.json.xz", "a.parquet", "folder")
+    assert [has_fields(Path(name)) for name in names] == [False, False, True, True, True, True]
 
 
 def test_fields_of_fields_are_named_by_dots(tmp_path):
