@@ -79,7 +79,7 @@ class DataConfig:
     """The origin of the tokens, and how they are laid in rows."""
 
     corpus: str = "austen"
-    """An embedded corpus ("austen"), or a folder that `mc-jax prepare` wrote."""
+    """An embedded corpus ("austen", "pairs"), or a folder that `mc-jax prepare` wrote."""
     tokenizer: Literal["bytes", "bpe"] | None = "bytes"
     """Tokenizer of an embedded corpus; None with a prepared folder, which has its own."""
     vocab_size: int | None = None

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import importlib.resources
 
+from mc_jax.data import pairs
 from mc_jax.data.documents import Document
 
 _AUSTEN_TRAIN = {
@@ -16,7 +17,7 @@ _AUSTEN_TRAIN = {
 }
 _AUSTEN_HELD_OUT = {"persuasion": "726513a6c18bb678427bcbcf7c72d0d20816a67c25b0471b26ddcabf3ebac140"}
 
-CORPORA = ("austen",)
+CORPORA = ("austen", "pairs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,13 +31,18 @@ class Corpus:
 
 
 def load_corpus(name: str) -> Corpus:
-    """Read an embedded corpus: "austen", Jane Austen's novels, five for training and Persuasion held out.
+    """Read or make an embedded corpus.
+
+    "austen" is Jane Austen's novels, five for training and Persuasion held out; "pairs" is made of names and
+    words, to learn recall from (`mc_jax.data.pairs`).
 
     Raises:
       ValueError: there is no such corpus, or its files are not the ones that were published.
     """
     if name not in CORPORA:
         raise ValueError(f"there is no embedded corpus {name!r}; known are {', '.join(CORPORA)}")
+    if name == "pairs":
+        return Corpus(train=pairs.training_documents(), held_out=pairs.held_out_documents())
     return Corpus(
         train=[_read(title, digest) for title, digest in _AUSTEN_TRAIN.items()],
         held_out=[_read(title, digest) for title, digest in _AUSTEN_HELD_OUT.items()],

@@ -64,6 +64,21 @@ def test_an_ask_has_one_answer_and_another_ask_another(name, bpe):
         assert not np.array_equal(draw(other).tokens, one.tokens), "the seed or the index changes nothing"
 
 
+@pytest.mark.parametrize("length", [400, 777])
+def test_word_pairs_asks_at_the_end_for_names_that_were_told_of_at_the_beginning(length):
+    sample = TASKS["word-pairs"].draw(ask(length, 2))
+    lines = [line.split(" ") for line in ByteTokenizer().decode(sample.tokens[1:]).splitlines()]
+    told = dict(lines[:16])
+    assert len(told) == 16
+    assert len(dict(lines[-8:])) == 8
+    between = {name for name, _ in lines[16:-8]}
+    assert not between & {name for name, _ in lines[-8:]}, "a name was heard again on the way"
+    assert all(told[name] == word for name, word in lines[16:]), "a name has two words"
+    answers = ByteTokenizer().decode(sample.targets)
+    assert answers.split(" ")[1:] == [word for _, word in lines[-8:]]
+    np.testing.assert_array_equal(sample.tokens[sample.places + 1], sample.targets)
+
+
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("length", [777, 1600])
 @pytest.mark.parametrize("bytewise", [True, False])
