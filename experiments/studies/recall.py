@@ -1,4 +1,4 @@
-"""What ways to read cached memories recall, none and attention beside them: the recipe `recall`, trained alike.
+"""What ways to read cached memories recall, with none and attention beside them: `recall`, trained alike.
 
 All have as many parameters: where there is no router, the MLP is wider by what its maps take.
 """
