@@ -16,7 +16,6 @@ def study() -> Study:
             "none": ("--model.aggregation", "none", "--model.segment-init", "checkpoint", *_WIDER),
             "gated": (),
             "null": ("--model.aggregation", "null"),
-            "residual": ("--model.aggregation", "residual", *_WIDER),
             "attention": ("--model.layer-pattern", "attention", *_WIDER),
         },
         sweep=("--mode", "windows", "by-position", "--aggregation", "none"),
