@@ -2,7 +2,8 @@
 
 - Data: the embedded corpus "pairs": names with words, then the names again, whose words alone are learned;
   64 documents of 16 names and 85 lines are held out.
-- Machine: any processor with two cores.
+- Machine: any processor with two cores; no accelerator.
+- Expected: EXPECTED
 """
 
 from mc_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig

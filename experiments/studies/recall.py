@@ -1,4 +1,4 @@
-"""What ways to read cached memories recall, with none and attention beside them: `recall`, trained alike.
+"""What ways to read cached memories recall, beside a recurrence alone: the recipe `recall`, trained alike.
 
 All have as many parameters: where there is no router, the MLP is wider by what its maps take.
 """
@@ -16,7 +16,6 @@ def study() -> Study:
             "none": ("--model.aggregation", "none", "--model.segment-init", "checkpoint", *_WIDER),
             "gated": (),
             "null": ("--model.aggregation", "null"),
-            "attention": ("--model.layer-pattern", "attention", *_WIDER),
         },
         sweep=("--mode", "windows", "by-position", "--aggregation", "none"),
     )
