@@ -184,7 +184,8 @@ def _by_position(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[tuple[int, in
     found: dict[tuple[int, int], dict[int, float]] = collections.defaultdict(dict)
     for seed, row in by_seed.items():
         for bucket in row["by_position"] or ():
-            found[bucket["from"], bucket["to"]][seed] = bucket["bits_per_byte"]
+            if bucket["bits_per_byte"] is not None:  # as where no token of these places is scored
+                found[bucket["from"], bucket["to"]][seed] = bucket["bits_per_byte"]
     return dict(sorted(found.items()))
 
 

@@ -58,8 +58,10 @@ class Commands:
                 settings |= {"max_cached": None, "state_dtype": None, "mode": "by-position"}
                 settings["aggregation"] = variant if is_own else "none"
                 place = {"from": 0, "to": 7, "bits_per_byte": loss}
+                unscored = {"from": 8, "to": 15, "bits_per_byte": None}
+                places = [place, unscored]
                 rows.append(
-                    {"run": run, **settings, "is_own": is_own, "bits_per_byte": loss, "by_position": [place]}
+                    {"run": run, **settings, "is_own": is_own, "bits_per_byte": loss, "by_position": places}
                 )
         folder = program.Path(words[words.index("--output") + 1])
         folder.mkdir(exist_ok=True)
@@ -84,6 +86,13 @@ def test_what_is_done_is_not_done_again_and_a_longer_study_adds_its_seeds(tmp_pa
     assert run(tmp_path, commands, seeds=(0, 1)) == 0
     assert [words[1] for words in commands.words[3:]] == ["train", "train", "sweep"]
     assert all("--training.seed 1" in shlex.join(words) for words in commands.words[3:5])
+
+
+def test_places_of_which_no_token_is_scored_have_no_column(tmp_path, commands):
+    assert run(tmp_path, commands) == 0
+    table = (tmp_path / "study.md").read_text()
+    assert "0 to 7" in table
+    assert "8 to 15" not in table
 
 
 def test_a_training_that_fails_does_not_stop_the_others_and_is_tried_again(tmp_path, commands, capsys):
