@@ -132,6 +132,7 @@ def appended_to(words: list[str]) -> list[str] | None:
 
 def test_every_command_of_the_pages_runs_without_uv(clone, without_uv):
     run(["scripts/setup"], "the first command", clone, without_uv)
+    done = set()  # a page that says what another one said before, in the same environment, is believed
     for page in PAGES:
         variables = without_uv
         for command in commands(page):
@@ -148,6 +149,10 @@ def test_every_command_of_the_pages_runs_without_uv(clone, without_uv):
                 for word in command.words
                 for found in (sorted(glob.glob(word, root_dir=clone)) if "*" in word else [word])
             ]
+            key = (*words, *appended, variables["PATH"])
+            if key in done:
+                continue
+            done.add(key)
             if words[:2] == ["mc-jax", "prepare"]:
                 shutil.rmtree(clone / words[words.index("--output") + 1], ignore_errors=True)
             run([*words, *appended], command.where, clone, variables)

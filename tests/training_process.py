@@ -67,7 +67,7 @@ def start(
     before: Callable[[], None] | None = None,
     seconds_a_step: float = _SECONDS_A_STEP,
 ) -> Started:
-    """Start `mc-jax WORDS` in a folder, which has a cache of compiled programs too.
+    """Start `mc-jax WORDS` in a folder, with the cache of compiled programs that all tests share.
 
     Args:
       folder: where it runs.
@@ -77,7 +77,9 @@ def start(
       seconds_a_step: that each step takes at least.
     """
     path = folder / output
-    arguments = (str(folder), str(path), words, before, seconds_a_step)
+    compiled = jax.config.jax_compilation_cache_dir
+    assert compiled is not None, "tests/conftest.py names the folder of compiled programs"
+    arguments = (str(folder), str(path), compiled, words, before, seconds_a_step)
     process = _FORKS.Process(target=_run, args=arguments, daemon=True)
     process.start()
     return Started(process, path)
@@ -134,6 +136,7 @@ def wait_for_step(run: pathlib.Path, step: int, processes: list[Started]) -> Non
 def _run(
     folder: str,
     output: str,
+    compiled: str,
     words: tuple[str, ...],
     before: Callable[[], None] | None,
     seconds_a_step: float,
@@ -150,7 +153,7 @@ def _run(
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+    jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     from mc_jax.training import loop
 

@@ -20,18 +20,19 @@ def config() -> configs.Config:
 
 def tiny_run(
     *,
-    num_layers: int = 1,
-    context_length: int = 64,
     evaluation: EvaluationConfig = _NO_SAMPLE,
     **training: int,
 ) -> Config:
-    """Settings of a run whose steps take milliseconds, without its corpus."""
+    """Settings of a run whose steps take milliseconds, without its corpus.
+
+    One size for all tests: a process finds the programs that another one compiled.
+    """
     return Config(
         model=ModelConfig(
-            num_layers=num_layers, model_dim=16, num_heads=2, mlp_dim=32, segment_length=16, chunk_length=8
+            num_layers=1, model_dim=16, num_heads=2, mlp_dim=32, segment_length=16, chunk_length=8
         ),
-        data=DataConfig(corpus="", tokenizer=None, context_length=context_length),
-        training=TrainingConfig(learning_rate=1e-2, **training),
+        data=DataConfig(corpus="", tokenizer=None, context_length=32),
+        training=TrainingConfig(learning_rate=1e-2, batch_size=8, **training),
         evaluation=evaluation,
     )
 

@@ -20,13 +20,7 @@ from training_process import Started, start
 from mc_jax import stop_signals
 
 STEPS = 12
-RUN = workplaces.tiny_run(
-    context_length=32,
-    steps=STEPS,
-    batch_size=2,
-    warmup_steps=2,
-    checkpoint_every=2,
-)
+RUN = workplaces.tiny_run(steps=STEPS, warmup_steps=2, checkpoint_every=2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mc_jax.training.checkpoint import load_newest
 from mc_jax.training.run import new_state
 
 STEPS = 16
-RUN = tiny_run(steps=STEPS, batch_size=8, warmup_steps=4, checkpoint_every=1)
+RUN = tiny_run(steps=STEPS, warmup_steps=4, checkpoint_every=1)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from mc_jax.config import ModelConfig
 from mc_jax.nn import LanguageModel
 from mc_jax.training.step import merge_model, split_model, token_losses
 
-VOCABULARY, LENGTH = 20, 32
+VOCABULARY, LENGTH = 20, 128
 
 
 def config_of(**model) -> ModelConfig:
@@ -52,25 +52,29 @@ def must_agree(found, expected):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 
-def test_gradients_are_the_same_and_hold_less():
-    gradient, draw = gradient_of(config_of(aggregation="gated"))
-    parameters, batch = draw(), batch_of(4, 128)
-    compiled = {
-        remat: gradient.lower(parameters, batch, remat).compile()
-        for remat in ("none", "maps", "states", "blocks")
-    }
-    expected = compiled["none"](parameters, batch)
-    for remat in ("maps", "states", "blocks"):
-        must_agree(compiled[remat](parameters, batch), expected)
-    held = [program.memory_analysis().temp_size_in_bytes for program in compiled.values()]
-    assert held == sorted(set(held), reverse=True), f"{[*compiled]} hold {held} bytes"
-
-
-def test_offloading_gives_the_same_gradient():
+@pytest.fixture(scope="module")
+def gated():
+    """Programs by what they save, and the gradient of each."""
     gradient, draw = gradient_of(config_of(aggregation="gated"))
     parameters, batch = draw(), batch_of(4, LENGTH)
-    found, expected = (gradient(parameters, batch, remat) for remat in ("offload", "blocks"))
-    must_agree(found, expected)
+    compiled = {
+        remat: gradient.lower(parameters, batch, remat).compile()
+        for remat in ("none", "maps", "states", "blocks", "offload")
+    }
+    return compiled, {remat: program(parameters, batch) for remat, program in compiled.items()}
+
+
+def test_gradients_are_the_same_whatever_is_saved(gated):
+    _, gradients = gated
+    for remat in ("maps", "states", "blocks", "offload"):
+        must_agree(gradients[remat], gradients["none"])
+
+
+def test_each_way_holds_less_than_the_one_before(gated):
+    programs, _ = gated
+    held = {name: programs[name].memory_analysis().temp_size_in_bytes for name in programs}
+    del held["offload"]  # on a CPU the host's memory is the device's
+    assert [*held.values()] == sorted(set(held.values()), reverse=True), f"bytes held: {held}"
 
 
 def kernels(config: ModelConfig, remat: str) -> dict[str, int]:

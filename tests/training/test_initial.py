@@ -24,7 +24,7 @@ from mc_jax.training.run import model_shapes, new_state
 from mc_jax.training.run_folder import opened
 from mc_jax.training.step import by_name
 
-RUN = tiny_run(steps=4, batch_size=4, warmup_steps=0, checkpoint_every=2)
+RUN = tiny_run(steps=4, warmup_steps=0, checkpoint_every=2)
 ROUTER = ("router_*", "online_logit")
 
 

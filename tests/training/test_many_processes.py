@@ -16,7 +16,7 @@ from mc_jax.training import loop
 pytestmark = pytest.mark.xdist_group("many processes")  # one worker: they share a run
 
 STEPS = 24
-RUN = tiny_run(steps=STEPS, batch_size=8, warmup_steps=4, checkpoint_every=5)
+RUN = tiny_run(steps=STEPS, warmup_steps=4, checkpoint_every=5)
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,8 @@ from mc_jax.training import loop
 pytestmark = pytest.mark.xdist_group("resume")  # one worker: they share a run
 
 RUN = tiny_run(
-    num_layers=2,
     evaluation=EvaluationConfig(every=6, tokens=200, sample_tokens=8),
     steps=40,
-    batch_size=4,
     warmup_steps=4,
     checkpoint_every=5,
 )
@@ -51,12 +49,12 @@ def _command(name: str) -> list[str]:
 
 
 def _environment(workplace: pathlib.Path) -> dict[str, str]:
-    """All runs but the first find its programs compiled, without most optimisations as in all tests."""
+    """Programs are kept for all tests, and compiled without most optimisations as in all tests."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(workplace / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
@@ -151,6 +149,5 @@ def test_a_run_made_longer_ends_as_one_that_was_meant_so_from_the_start(workplac
 
 def _constant(workplace: pathlib.Path, steps: int) -> Config:
     config = load_recipe(str(workplace / "tiny.py"))[2]
-    model = dataclasses.replace(config.model, num_layers=1, aggregation="none")
     training = dataclasses.replace(config.training, steps=steps, schedule="constant")
-    return dataclasses.replace(config, model=model, training=training)
+    return dataclasses.replace(config, training=training)
