@@ -171,10 +171,10 @@ class EvaluationConfig:
     """Tokens scored per window of a long document, the rest of it being context; None: half a window."""
     batch_size: int = 8
     """Windows evaluated together."""
-    sample_prompt: str = "It is a truth universally acknowledged"
-    """What the sample in the report goes on from."""
+    sample_prompt: str | None = None
+    """What the sample in the report goes on from; None: the first words of the run's own held-out text."""
     sample_tokens: int = 200
-    """Length of that sample, in tokens."""
+    """Length of that sample, in tokens; 0: none is written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

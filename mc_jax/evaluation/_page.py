@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 
@@ -20,40 +20,28 @@ def page(title: str, kind: str, sections: list[str], style: str = "") -> str:
     )
 
 
-def picture(draw: Callable[[Any], str], plots: Any, alternative: str, caption: str) -> str:
-    """A figure of two SVG pictures, of which the reader's light or dark page shows its own.
+def responsive_picture(draw: Callable[[Any, bool], str], plots: Any, alternative: str, caption: str) -> str:
+    """A figure of four SVG pictures, of which a page, light or dark, wide or narrow, shows one.
 
     Args:
-      draw: from a theme to SVG text.
+      draw: from a theme, and whether the page is narrow, to SVG text.
       plots: the module `_plots`, which takes seconds to import.
       alternative: what the picture shows, for who does not see it.
       caption: under it.
     """
-    sources = [(_DARK, _as_data(draw(plots.DARK)))]
-    return _figure(sources, _as_data(draw(plots.LIGHT)), "", alternative, caption)
-
-
-def responsive_picture(draw: Callable[[Any, bool], str], plots: Any, alternative: str, caption: str) -> str:
-    """What `picture` gives, with two more for a narrow page: `draw` takes a theme and if it is narrow."""
     sources = [
         (f"{_NARROW} and {_DARK}", _as_data(draw(plots.DARK, True))),
         (_NARROW, _as_data(draw(plots.LIGHT, True))),
         (_DARK, _as_data(draw(plots.DARK, False))),
     ]
-    return _figure(sources, _as_data(draw(plots.LIGHT, False)), ' class="fits"', alternative, caption)
+    others = "".join(f'<source media="{when}" srcset="{source}">' for when, source in sources)
+    return (
+        f'<figure><picture>{others}<img src="{_as_data(draw(plots.LIGHT, False))}" '
+        f'alt="{escape(alternative)}"></picture><figcaption>{escape(caption)}</figcaption></figure>'
+    )
 
 
 _DARK, _NARROW = "(prefers-color-scheme: dark)", "(max-width: 40rem)"
-
-
-def _figure(
-    sources: Sequence[tuple[str, str]], image: str, attributes: str, alternative: str, caption: str
-) -> str:
-    others = "".join(f'<source media="{when}" srcset="{source}">' for when, source in sources)
-    return (
-        f'<figure><div class="wide"><picture>{others}<img{attributes} src="{image}" '
-        f'alt="{escape(alternative)}"></picture></div><figcaption>{escape(caption)}</figcaption></figure>'
-    )
 
 
 def _as_data(svg: str) -> str:
@@ -119,8 +107,7 @@ dl, dd { margin: 0; }
   margin-top: 1.25rem; }
 .facts dt { color: var(--muted); font-size: 0.8125rem; }
 figure { margin: 0; }
-img { display: block; width: 100%; min-width: 40rem; height: auto; }
-img.fits { min-width: 0; }
+img { display: block; width: 100%; height: auto; }
 .next { margin-top: 1.75rem; }
 figcaption { margin-top: 0.6rem; max-width: 46rem; }
 .wide { overflow-x: auto; }
@@ -133,6 +120,8 @@ thead th { color: var(--muted); font-size: 0.8125rem; }
 .numbers td, .numbers thead th { text-align: right; padding: 0.35rem 0 0.35rem 1.75rem; }
 .numbers th:first-child { text-align: left; padding-left: 0; }
 .default { color: var(--muted); }
+.made th { color: var(--muted); white-space: nowrap; }
+.made td { overflow-wrap: anywhere; }
 pre, code { font: 0.875rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { margin: 0.35rem 0 1rem; padding: 0.8rem 1rem; background: var(--panel); border-radius: 0.5rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -63,26 +63,34 @@ DARK = Theme(
 )
 
 
-def loss_curve(
-    steps: np.ndarray,
-    loss: np.ndarray,
-    bits_per_nat: float,
-    held_out: float | None,
-    measured: tuple[np.ndarray, np.ndarray],
-    theme: Theme,
-) -> str:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Losses of a run, in nats per token."""
+
+    steps: np.ndarray
+    """[n], rising."""
+    loss: np.ndarray
+    """[n], of each of these steps, finite."""
+    held_out: float | None
+    """On held-out text at the end; None: not measured."""
+    measured: tuple[np.ndarray, np.ndarray]
+    """Steps and held-out losses while training, two arrays of one length, 0 where there are none."""
+    bits: tuple[float, str]
+    """Bits per byte for one nat per token, the right axis over the left, and what that axis is called."""
+
+
+def loss_curve(losses: Losses, theme: Theme, *, narrow: bool = False) -> str:
     """Training loss over steps, every step faint and a running mean strong, and held-out loss.
 
     Args:
-      steps: [n], rising.
-      loss: [n], nats per token, finite.
-      bits_per_nat: Bits per byte for one nat per token, the right axis over the left.
-      held_out: Loss on held-out text at the end, a dashed line; None: no line.
-      measured: Steps and held-out losses while training, two arrays of one length, 0 where there are none.
+      losses: What is drawn; held-out loss at the end as a dashed line.
       theme: Colours.
+      narrow: For a narrow page.
     """
+    steps, loss, measured, held_out = losses.steps, losses.loss, losses.measured, losses.held_out
+    bits_per_nat, axis = losses.bits
     with matplotlib.rc_context(style(theme)):
-        figure = Figure(figsize=(9.2, 3.6), layout="constrained")
+        figure = Figure(figsize=(4.2, 3.8) if narrow else (9.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis="y")
         axes.plot(*thin(steps, loss), color=theme.faint, linewidth=0.8, label="each step")
@@ -102,11 +110,8 @@ def loss_curve(
         # A logarithm, so that the long tail of a run is more than a flat line at the bottom.
         axes.set_yscale("log")
         plain_ticks(axes.yaxis)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("loss, nats per token")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.margins(x=0.01)
+        axes.set_ylabel("loss, nats per token (logarithmic)")
+        _steps_below(axes, narrow)
         right = axes.secondary_yaxis(
             "right",
             functions=(
@@ -114,11 +119,50 @@ def loss_curve(
                 lambda bits: np.asarray(bits) / bits_per_nat,
             ),
         )
-        right.set_ylabel("bits per byte")
+        right.set_ylabel(axis)
         plain_ticks(right.yaxis)
         right.spines["right"].set_visible(False)
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderaxespad=0.2)
+        _legend_above(axes, 2 if narrow else 4)
         return svg(figure)
+
+
+def training_curves(
+    curves: Sequence[tuple[str, np.ndarray, np.ndarray]], theme: Theme, *, narrow: bool = False
+) -> str:
+    """What else is written down at each step, a small plot each.
+
+    Args:
+      curves: Label, steps [n] and values [n] of each.
+      theme: Colours.
+      narrow: One under another, for a narrow page.
+    """
+    lines, columns = (len(curves), 1) if narrow else (1, len(curves))
+    with matplotlib.rc_context(style(theme)):
+        size = (4.2, 2.1 * lines) if narrow else (9.2, 2.4)
+        figure = Figure(figsize=size, layout="constrained")
+        for axes, (label, steps, values) in zip(
+            figure.subplots(lines, columns, squeeze=False).flat, curves, strict=True
+        ):
+            axes.grid(axis="y")
+            axes.plot(*thin(steps, values), color=theme.line, linewidth=1)
+            axes.set_title(label, loc="left")
+            axes.set_ylim(0, 1.05 * max(values.max(), np.finfo(float).tiny))
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            _steps_below(axes, True)
+        return svg(figure)
+
+
+def _steps_below(axes: Axes, narrow: bool) -> None:
+    """Steps as round numbers under a curve, fewer of them where it is narrow."""
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, integer=True, steps=ROUND))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.margins(x=0.01)
+
+
+def _legend_above(axes: Axes, columns: int) -> None:
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, borderaxespad=0.2)
 
 
 class Marks(NamedTuple):
@@ -213,7 +257,9 @@ def _frame(axes: Axes, marks: Marks, tokens: int, theme: Theme) -> None:
     axes.add_patch(Rectangle((tokens - asked[0], lowest), *asked, linewidth=1.8, **line))
 
 
-def router_while_training(steps: np.ndarray, shares: np.ndarray, even: float, theme: Theme) -> str:
+def router_while_training(
+    steps: np.ndarray, shares: np.ndarray, even: float, theme: Theme, *, narrow: bool = False
+) -> str:
     """The share of the reading that cached memories get, over training: every layer faint, the mean strong.
 
     Args:
@@ -221,9 +267,10 @@ def router_while_training(steps: np.ndarray, shares: np.ndarray, even: float, th
       shares: [n, L], from 0 to 1.
       even: the share if all memories were weighed alike, a dashed line.
       theme: Colours.
+      narrow: For a narrow page.
     """
     with matplotlib.rc_context(style(theme)):
-        figure = Figure(figsize=(9.2, 2.8), layout="constrained")
+        figure = Figure(figsize=(4.2, 3.2) if narrow else (9.2, 2.8), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis="y")
         if shares.shape[1] > 1:
@@ -234,12 +281,9 @@ def router_while_training(steps: np.ndarray, shares: np.ndarray, even: float, th
         axes.axhline(even, color=theme.muted, linewidth=1.4, linestyle=(0, (5, 3)), label="all weighed alike")
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.0%}"))
-        axes.set_xlabel("optimizer step")
         axes.set_ylabel("share of cached memories")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.margins(x=0.01)
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
+        _steps_below(axes, narrow)
+        _legend_above(axes, 2 if narrow else 3)
         return svg(figure)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from mc_jax.data.files import write_text
-from mc_jax.evaluation._page import escape, page, picture, section
+from mc_jax.evaluation._page import escape, page, responsive_picture, section
 from mc_jax.evaluation._router_figure import router_figure
 from mc_jax.training.router_shares import RouterShares
 from mc_jax.training.stages import Change
@@ -42,6 +42,18 @@ class RouterPicture:
     """What is read of held-out text, on average; None: that was not measured."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What a trained model writes."""
+
+    prompt: str
+    """What it goes on from."""
+    text: str
+    """What it wrote; "": it was not asked."""
+    sampling: str
+    """How tokens were drawn, in words."""
+
+
 def write_report(
     run_dir: epath.PathLike,
     *,
@@ -49,11 +61,12 @@ def write_report(
     config_differences: dict[str, tuple[Any, Any]],
     metrics: list[dict[str, Any]],
     held_out: dict[str, float] | None,
-    sample_prompt: str,
-    sample: str,
+    sample: Sample,
     router: RouterPicture | str,
     facts: dict[str, str],
+    made: dict[str, str],
     stages: Sequence[Change] = (),
+    reads_cache: bool = False,
 ) -> epath.Path:
     """Write `report.html` into a run's folder, whole or not at all.
 
@@ -61,15 +74,16 @@ def write_report(
       run_dir: The run's folder, as the commands in the report name it.
       title: Heading, for example the run's name.
       config_differences: (value, default) of each config field that differs from its default.
-      metrics: One dict a step, as `read_metrics` gives them; step, loss, bits_per_byte
-        and, where it is there, held_out_loss are drawn.
+      metrics: One dict a step, as `read_metrics` gives them; step, loss, bits_per_byte and, where they are
+        there, held_out_loss, learning_rate, grad_norm and tokens_per_second are drawn.
       held_out: loss (nats per token), perplexity (per token), bits_per_byte, tokens, bytes; None: not
         measured.
-      sample_prompt: What the sample goes on from.
-      sample: What the model wrote after it.
+      sample: What the model wrote.
       router: What the router reads, or a sentence that says why there is nothing to show.
-      facts: Short texts by name: parameters, tokens, time, device.
+      facts: Short texts by name: parameters, tokens, time.
+      made: Texts by name that may be longer: date, command, device, versions.
       stages: What changed while it was trained, if anything did.
+      reads_cache: Whether the model reads cached memories, without which it can be measured.
 
     Returns:
       Where the report is.
@@ -79,19 +93,26 @@ def write_report(
 
     run_dir = epath.Path(run_dir)
     sections = [
-        section("Result", _result(metrics, held_out, facts)),
+        section("Result", _result(metrics, held_out, facts, router)),
         section("Loss", _loss(_plots, metrics, held_out)),
         section("What the router reads", _router(_plots, router, metrics)),
-        section("Sample", _sample(sample_prompt, sample)),
+        *([section("Sample", _sample(sample))] if sample.text else []),
+        *_training(_plots, metrics),
         section("Settings that differ from the defaults", _settings(config_differences)),
         *([section("Settings that changed on the way", _stages(stages))] if stages else []),
-        section("How to go on", _commands(run_dir, sample_prompt)),
+        section("How it was made", _made(made)),
+        section("How to go on", _commands(run_dir, sample.prompt, held_out is not None, reads_cache)),
     ]
     write_text(run_dir / REPORT_FILE, page(title, "Memory Caching run", sections))
     return run_dir / REPORT_FILE
 
 
-def _result(metrics: list[dict[str, Any]], held_out: dict[str, float] | None, facts: dict[str, str]) -> str:
+def _result(
+    metrics: list[dict[str, Any]],
+    held_out: dict[str, float] | None,
+    facts: dict[str, str],
+    router: RouterPicture | str,
+) -> str:
     figures = []
     note = "Nothing was measured on held-out text."
     if held_out is not None:
@@ -107,6 +128,10 @@ def _result(metrics: list[dict[str, Any]], held_out: dict[str, float] | None, fa
     if metrics:
         last = metrics[-1]
         figures.append((f"{last['loss']:.3f}", "loss, nats per token", f"training, step {last['step']:,}"))
+    if isinstance(router, RouterPicture) and router.shares is not None:
+        share = router.shares.reading.cached.mean()
+        even = f"held-out; {router.shares.even_cached:.0%} if all were weighed alike"
+        figures.append((f"{share:.0%}", "read from cached memories", even))
     tiles = "".join(
         f'<div class="figure"><dt>{escape(label)}<span>{escape(where)}</span></dt><dd>{value}</dd></div>'
         for value, label, where in figures
@@ -123,7 +148,6 @@ def _loss(plots: Any, metrics: list[dict[str, Any]], held_out: dict[str, float] 
         return "<p>No step has a finite loss.</p>"
     steps = np.array([line["step"] for line in finite])
     loss = np.array([line["loss"] for line in finite], float)
-    bits_per_byte = np.array([line["bits_per_byte"] for line in finite], float)
     held_out_loss = None if held_out is None else held_out["loss"]
     lines = [line for line in finite if math.isfinite(line.get("held_out_loss", math.nan))]
     measured = np.array([line["step"] for line in lines]), np.array([line["held_out_loss"] for line in lines])
@@ -133,7 +157,7 @@ def _loss(plots: Any, metrics: list[dict[str, Any]], held_out: dict[str, float] 
     )
     if held_out_loss is not None:
         alternative += f"; held-out loss at the end {held_out_loss:.3f}"
-    caption = "Loss of each training step and its running mean."
+    caption = "Loss of each training step and its running mean, on a logarithmic axis."
     if lines:
         caption += " Dots: held-out loss at that step, on the part of the text that evaluation.tokens names."
     missing = len(metrics) - len(finite)
@@ -144,9 +168,20 @@ def _loss(plots: Any, metrics: list[dict[str, Any]], held_out: dict[str, float] 
             else f"{missing:,} steps whose loss was not finite are"
         )
         caption += f" {subject} left out."
-    ratio = float(bits_per_byte.mean() / loss.mean())
-    return picture(
-        lambda theme: plots.loss_curve(steps, loss, ratio, held_out_loss, measured, theme),
+    # A token of the one text has not as many bytes as one of the other: the axis is that of the tiles.
+    if held_out is None:
+        ratio = float(np.mean([line["bits_per_byte"] for line in finite]) / loss.mean())
+    else:
+        ratio = held_out["bits_per_byte"] / held_out["loss"]
+    axis = f"bits per byte ({'training' if held_out is None else 'held-out'} text)"
+    return responsive_picture(
+        lambda theme, narrow: plots.loss_curve(
+            plots.Losses(
+                steps=steps, loss=loss, held_out=held_out_loss, measured=measured, bits=(ratio, axis)
+            ),
+            theme,
+            narrow=narrow,
+        ),
         plots,
         alternative,
         caption,
@@ -181,8 +216,10 @@ def _average(plots: Any, shares: RouterShares, metrics: list[dict[str, Any]]) ->
     steps = np.array([line["step"] for line in measured])
     of_layers = np.array([[line[name] for name in names] for line in measured])
     first, last = of_layers.mean(axis=1)[[0, -1]]
-    shown = picture(
-        lambda theme: plots.router_while_training(steps, of_layers, shares.even_cached, theme),
+    shown = responsive_picture(
+        lambda theme, narrow: plots.router_while_training(
+            steps, of_layers, shares.even_cached, theme, narrow=narrow
+        ),
         plots,
         f"The share of the reading that cached memories get, from {first:.0%} at step {steps[0]:,} to "
         f"{last:.0%} at step {steps[-1]:,}; {shares.even_cached:.0%} if all memories were weighed alike",
@@ -230,11 +267,46 @@ def shares_table(shares: RouterShares) -> str:
     )
 
 
-def _sample(prompt: str, sample: str) -> str:
+def _sample(sample: Sample) -> str:
     return (
-        f'<pre class="sample"><span class="prompt">{escape(prompt)}</span>{escape(sample)}</pre>'
-        '<p class="note">The prompt is shaded; the model wrote the rest.</p>'
+        f'<pre class="sample"><span class="prompt">{escape(sample.prompt)}</span>{escape(sample.text)}</pre>'
+        f'<p class="note">The prompt is shaded; the model wrote the rest ({escape(sample.sampling)}).</p>'
     )
+
+
+_ON_THE_WAY = {
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+}
+
+
+def _training(plots: Any, metrics: list[dict[str, Any]]) -> list[str]:
+    """The section on what else was written down at each step; none where nothing was."""
+    curves, told = [], []
+    for name, label in _ON_THE_WAY.items():
+        lines = [line for line in metrics if math.isfinite(line.get(name, math.nan))]
+        if lines:
+            values = np.array([line[name] for line in lines], float)
+            curves.append((label, np.array([line["step"] for line in lines]), values))
+            told.append(f"{label} from {values.min():.3g} to {values.max():.3g}")
+    if not curves:
+        return []
+    shown = responsive_picture(
+        lambda theme, narrow: plots.training_curves(curves, theme, narrow=narrow),
+        plots,
+        f"Over the steps of training: {'; '.join(told)}",
+        "At each step: the learning rate, the norm of the gradient before it is clipped, the speed.",
+    )
+    return [section("Training", shown)]
+
+
+def _made(made: dict[str, str]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
+        for name, value in made.items()
+    )
+    return f'<div class="wide"><table class="made"><tbody>{rows}</tbody></table></div>'
 
 
 def _settings(differences: dict[str, tuple[Any, Any]]) -> str:
@@ -262,13 +334,20 @@ def _stages(stages: Sequence[Change]) -> str:
     return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _commands(run_dir: epath.Path, prompt: str) -> str:
+def _commands(run_dir: epath.Path, prompt: str, has_held_out: bool, reads_cache: bool) -> str:
     run, prompt = shlex.quote(str(run_dir)), shlex.quote(prompt)
     # Where the program is, for who has not entered its environment: scripts/train has not.
     environment = os.path.relpath(sys.prefix) if sys.prefix.startswith(os.getcwd()) else sys.prefix
-    commands = (
-        ("In the environment that trained it:", f"source {shlex.quote(environment)}/bin/activate"),
-        ("Measure it on held-out text again, or on other settings:", f"mc-jax eval {run}"),
-        ("Let it write:", f"mc-jax generate {run} --prompt {prompt}"),
+    measure = f"mc-jax eval {run}" + ("" if has_held_out else " --text FILE")
+    text = "held-out text again" if has_held_out else "a text of yours"
+    without = (
+        "Without its cached memories, to see what they are worth:",
+        f"{measure} --model.aggregation none",
     )
+    commands = [
+        ("In the environment that trained it:", f"source {shlex.quote(environment)}/bin/activate"),
+        (f"Measure it on {text}:", measure),
+        *([without] if reads_cache else []),
+        ("Let it write:", f"mc-jax generate {run} --prompt {prompt}"),
+    ]
     return "".join(f"<p>{text}</p><pre><code>{escape(command)}</code></pre>" for text, command in commands)

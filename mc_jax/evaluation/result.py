@@ -33,7 +33,7 @@ def write_result(
     metrics: list[dict[str, Any]],
     parameters: ParameterCounts,
     router: RouterShares | None,
-) -> epath.Path:
+) -> dict[str, Any]:
     """Write `result.json` into a run's folder, whole or not at all.
 
     Args:
@@ -44,7 +44,7 @@ def write_result(
       router: what its routers read of held-out text; None: there is nothing of that kind.
 
     Returns:
-      Where it is.
+      What it holds.
     """
     last = metrics[-1] if metrics else {}
     seal = make_seal(run.config, run.dataset)
@@ -75,9 +75,8 @@ def write_result(
         "processes": jax.process_count(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    path = run.folder / RESULT_FILE
-    write_json(path, values)
-    return path
+    write_json(run.folder / RESULT_FILE, values)
+    return values
 
 
 def checkpoint_hash(run: Run) -> str | None:

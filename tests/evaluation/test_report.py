@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from html_pages import HtmlPage, must_load_nothing
 
-from mc_jax.evaluation.report import RouterPicture, write_report
+from mc_jax.evaluation.report import RouterPicture, Sample, write_report
 from mc_jax.training.router_shares import Reading, RouterShares
 from mc_jax.training.stages import Change
 
@@ -52,7 +52,14 @@ def _shares():
 def _metrics(steps=30):
     losses = [5.0 / math.sqrt(step) for step in range(1, steps + 1)]
     return [
-        {"step": step, "loss": loss, "bits_per_byte": loss / math.log(2)}
+        {
+            "step": step,
+            "loss": loss,
+            "bits_per_byte": loss / math.log(2),
+            "learning_rate": 1e-3,
+            "grad_norm": 1 / step,
+            "tokens_per_second": 1000.0 + step,
+        }
         for step, loss in enumerate(losses, start=1)
     ]
 
@@ -70,10 +77,15 @@ def _write(run_dir, **changes):
             "tokens": 12345,
             "bytes": 23456,
         },
-        "sample_prompt": "It's a truth",
-        "sample": ' </pre><script>alert("x")</script>\x00 & more\n',
+        "sample": Sample(
+            prompt="It's a truth",
+            text=' </pre><script>alert("x")</script>\x00 & more\n',
+            sampling="temperature 0.8",
+        ),
         "router": _router(),
-        "facts": {"parameters": "1.02 M", "device": "2 <CPUs>"},
+        "facts": {"parameters": "1.02 M"},
+        "made": {"date": "2026-01-02T03:04:05+00:00", "device": "2 <CPUs>", "command": "mc-jax train x"},
+        "reads_cache": True,
         "stages": [Change(20, "2026-01-02", {"training.steps": (20, 30), "training.batch_size": (4, 8)})],
     } | changes
     return write_report(run_dir, **arguments)
@@ -101,21 +113,20 @@ def test_the_report_is_one_file_that_loads_nothing(run_dir, page):
 
 def test_every_picture_has_a_text_and_a_dark_twin(page):
     images = page.named("img")
-    assert len(images) == 2
+    assert len(images) == 3
     assert all(len(image["alt"]) > 40 for image in images)
     assert "from 5.000 to 0.913 nats per token; held-out loss at the end 1.250" in images[0]["alt"]
+    assert "gradient norm from 0.0333 to 1; tokens per second from 1e+03 to 1.03e+03" in images[2]["alt"]
     dark, narrow = "(prefers-color-scheme: dark)", "(max-width: 40rem)"
-    expected = [dark, f"{narrow} and {dark}", narrow, dark]
-    assert [source["media"] for source in page.named("source")] == expected, (
-        "what a router reads fits a phone"
-    )
+    expected = [f"{narrow} and {dark}", narrow, dark] * len(images)
+    assert [source["media"] for source in page.named("source")] == expected, "each picture fits a phone"
     pictures = page.pictures()
-    assert len(set(pictures)) == len(pictures) == 6, "two of them are the same"
+    assert len(set(pictures)) == len(pictures) == 12, "two of them are the same"
 
 
 def test_headings_are_in_order(page):
     headings = [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert headings == ["h1"] + ["h2"] * 7
+    assert headings == ["h1"] + ["h2"] * 9
 
 
 def test_the_figures_of_the_result_are_there(page):
@@ -128,6 +139,7 @@ def test_the_figures_of_the_result_are_there(page):
         "12,345 tokens",
         "23,456 bytes",
         "1.02 M",
+        "read from cached memoriesheld-out; 70% if all were weighed alike43%",
     ):
         assert text in page.text, f"{text} is not in the report"
 
@@ -144,6 +156,35 @@ def test_settings_and_commands_are_there(run_dir, page):
     assert "data.tokenizerNonebytes" in page.text
     assert f"mc-jax eval '{run_dir}'" in page.text, "a folder with a space must be quoted"
     assert f"""mc-jax generate '{run_dir}' --prompt 'It'"'"'s a truth'""" in page.text
+    assert f"mc-jax eval '{run_dir}' --model.aggregation none" in page.text
+
+
+def test_when_where_and_how_it_was_made_is_there(page):
+    assert "date2026-01-02T03:04:05+00:00device2 <CPUs>commandmc-jax train x" in page.text
+
+
+def right_axis(page) -> tuple[list[float], str]:
+    """Numbers of the axis of bits, which is drawn last, and its label."""
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", page.pictures()[0])
+    (place,) = (at for at, label in enumerate(labels) if label.startswith("bits per byte"))
+    numbers = []
+    for label in reversed(labels[:place]):
+        if not re.fullmatch(r"[\d.]+", label):
+            break
+        numbers.append(float(label))
+    return numbers, labels[place]
+
+
+def test_the_axis_of_bits_is_of_the_text_whose_figures_are_shown(tmp_path):
+    metrics = [{"step": step, "loss": 4.0 / step, "bits_per_byte": 40.0 / step} for step in range(1, 5)]
+    measured = {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.0, "tokens": 10, "bytes": 20}
+    for name, held_out in (("held-out", measured), ("training", None)):
+        page = HtmlPage(
+            _write(tmp_path / name, router="None.", metrics=metrics, held_out=held_out).read_text()
+        )
+        numbers, label = right_axis(page)
+        assert label == f"bits per byte ({name} text)"
+        assert (max(numbers) < 4) == (held_out is not None), f"{name}: {numbers}"
 
 
 def test_what_changed_on_the_way_is_there(page):
@@ -169,12 +210,21 @@ def test_what_layers_read_on_average_is_a_row_each_and_the_last_is_of_equal_weig
 
 def test_without_router_held_out_text_or_settings_the_report_says_so(tmp_path):
     router = "This aggregation has no router."
-    path = _write(tmp_path / "run", router=router, held_out=None, config_differences={}, metrics=_metrics(1))
+    path = _write(
+        tmp_path / "run",
+        router=router,
+        held_out=None,
+        config_differences={},
+        metrics=_metrics(1),
+        reads_cache=False,
+    )
     page = HtmlPage(path.read_text())
     assert "no router" in page.text
     assert "Nothing was measured on held-out text" in page.text
     assert "every field has its default" in page.text
-    assert len(page.named("img")) == 1
+    assert "--text FILE" in page.text, "a run without held-out text can be measured on another"
+    assert "--model.aggregation none" not in page.text, "a model that reads no cache has no such setting"
+    assert len(page.named("img")) == 2
 
 
 def test_a_text_of_one_segment_has_nothing_to_read(tmp_path):
@@ -210,7 +260,7 @@ def test_what_routers_read_while_training_is_a_curve(tmp_path):
         metrics[step - 1] |= {f"router_cached_share_layer_{layer}": 0.9 / step for layer in (1, 3, 4)}
     metrics[7] |= {f"router_cached_share_layer_{layer}": math.nan for layer in (1, 3, 4)}
     page = HtmlPage(_write(tmp_path / "run", metrics=metrics).read_text())
-    assert "from 18% at step 5 to 9% at step 10; 70% if all" in page.named("img")[-1]["alt"]
+    assert "from 18% at step 5 to 9% at step 10; 70% if all" in page.named("img")[2]["alt"]
     labels = re.findall(r"<text[^>]*>([^<]*)</text>", page.pictures()[2])
     assert {"each layer", "mean of the layers", "all weighed alike"} <= set(labels)
 

@@ -93,9 +93,7 @@ def _tiny(config: Config, corpus, sample_tokens: int) -> Config:
             model=model,
             data=DataConfig(corpus=str(corpus), tokenizer=None, context_length=32),
             training=training,
-            evaluation=EvaluationConfig(
-                every=1, tokens=30, batch_size=2, sample_tokens=sample_tokens, sample_prompt="she"
-            ),
+            evaluation=EvaluationConfig(every=1, tokens=30, batch_size=2, sample_tokens=sample_tokens),
         )
     )
 
@@ -119,6 +117,8 @@ def test_a_model_trains_to_its_report(name, corpus, tmp_path):
     assert all(0 < bits < 10 for bits in measured)
     assert len(measured) == 2
     page = (tmp_path / "run" / "report.html").read_text()
+    words = '<span class="prompt">she walked along the shore, she said. she walked along the</span>'
+    assert (words in page) == bool(config.evaluation.sample_tokens), "the sample goes on from held-out text"
     kinds = config.model.layer_pattern
     routed = "memory" in kinds and AGGREGATION_FACTS[config.model.aggregation].uses_router
     assert ("One heat map a layer" in page) == routed
