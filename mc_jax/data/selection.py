@@ -53,7 +53,7 @@ class Selection:
     cut: tuple[int, int] | None
     """A document of which the end is held out, and the character near which that begins."""
     characters: int
-    """Of all that are in a part."""
+    """Characters of all that are in a part."""
     left_out: Mapping[str, LeftOut]
     """What is in none, by why."""
     duplicates: int

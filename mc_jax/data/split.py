@@ -21,7 +21,7 @@ class Share:
     """A share of the training text that is held out."""
 
     fraction: float = 0.01
-    """Of the documents; of all characters where there are few."""
+    """Share of the documents, or of all characters where there are few."""
     seed: int = 0
     """Another one draws other documents."""
 

@@ -19,7 +19,7 @@ class Tally:
     documents: int = 0
     """Their number."""
     tokens: int = 0
-    """Of all, without separators."""
+    """Tokens of all, without separators."""
     text_bytes: int = 0
     """UTF-8 of what is scored."""
     longest: tuple[int, str] = (0, "")

@@ -24,17 +24,17 @@ class Verdict:
     chips: int
     """Chips that are rented: of a v4 or tpu7x, each is two devices."""
     step_seconds: float | None
-    """Of one step."""
+    """Time of one step."""
     mfu: float | None
     """Share of the chips' peak that the FLOPs by formula make up."""
     tokens_per_second_per_chip: float | None
     """Throughput of one rented chip."""
     steps: int
-    """Of the recipe's whole run."""
+    """Optimizer steps of the recipe's whole run."""
     tokens: int
     """Read in all of them."""
     hours: float | None
-    """Of all steps; evaluation, checkpoints and compiling are not counted."""
+    """Time of all steps; evaluation, checkpoints and compiling are not counted."""
     chip_hours: float | None
     """The same, of all rented chips."""
     lines: tuple[str, str, str]
@@ -63,7 +63,7 @@ def verdict_of(plan: Plan, config: Config) -> Verdict:
     else:
         per_chip = speed.tokens_per_second / chips
         second = f"step {speed.seconds:,.3f} s, MFU {100 * speed.mfu:.1f} %, "
-        second += f"{per_chip:,.0f} tokens/s a chip (estimates)"
+        second += f"{per_chip:,.0f} tokens/s per chip (estimates)"
         assert hours is not None
         third = f"{run} in {hours:,.1f} hours, {chips * hours:,.1f} chip-hours on {chips} chips (estimates)"
     return Verdict(

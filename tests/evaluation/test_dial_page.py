@@ -124,6 +124,12 @@ def test_a_section_without_data_is_left_out():
     assert "Quality against memory" in words
 
 
+def test_one_context_length_is_no_curve_however_often_it_was_read():
+    cells = [RESULTS[0], *(_result(aggregation="none", segment=segment) for segment in (32, 64))]
+    words = dial_page(cells, rows_of(Outcome(results=tuple(cells), failed=())), TOLD)
+    assert "Loss by context length" not in words
+
+
 def test_the_front_has_those_that_no_other_beats_at_as_low_a_cost():
     assert pareto([(1, 5), (2, 4), (2, 3), (3, 3), (4, 2)]) == [0, 2, 4]
     assert pareto([(1, 1)]) == [0]

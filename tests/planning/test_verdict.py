@@ -57,7 +57,7 @@ RUN = Config(training=TrainingConfig(steps=10_000, remat="maps"))
 def test_what_fits_is_told_with_its_speed_and_the_whole_run():
     assert verdict_of(planned("v5e:4x4", total=12.5, speed=SPEED), RUN).lines == (
         "fits, 3.50 GiB left: 12.50 of 16.00 GiB of a chip",
-        "step 0.360 s, MFU 50.0 %, 62,500 tokens/s a chip (estimates)",
+        "step 0.360 s, MFU 50.0 %, 62,500 tokens/s per chip (estimates)",
         "whole run: 10,000 steps, 5.2 B tokens in 1.0 hours, 32.0 chip-hours on 32 chips (estimates)",
     )
 

@@ -153,7 +153,7 @@ def _by_context(rows: Sequence[Row]) -> str:
         for row in rows:
             if row["mode"] == mode:
                 found.setdefault(full_name(row, rows), []).append(row)
-        several = {name: some for name, some in found.items() if len(some) > 1}
+        several = {name: some for name, some in found.items() if len({r["context_length"] for r in some}) > 1}
         if several:
             lines = _lines(
                 rows,
