@@ -76,8 +76,8 @@ def write_report(
       config_differences: (value, default) of each config field that differs from its default.
       metrics: One dict a step, as `read_metrics` gives them; step, loss, bits_per_byte and, where they are
         there, held_out_loss, learning_rate, grad_norm and tokens_per_second are drawn.
-      held_out: loss (nats per token), perplexity (per token), bits_per_byte, tokens, bytes; None: not
-        measured.
+      held_out: loss (nats per token), perplexity (per token), bits_per_byte, tokens, bytes, and caches_worth,
+        what bits_per_byte gains by cached memories, where there are some; None: not measured.
       sample: What the model wrote.
       router: What the router reads, or a sentence that says why there is nothing to show.
       facts: Short texts by name: parameters, tokens, time.
@@ -125,6 +125,10 @@ def _result(
             f"Measured on {held_out['tokens']:,.0f} tokens ({held_out['bytes']:,.0f} bytes) "
             "that training never saw."
         )
+        if "caches_worth" in held_out:
+            error = held_out.get("caches_worth_standard_error")
+            where = f"{'' if error is None else f'± {error:.4f}, '}held-out, with its caches off"
+            figures.insert(1, (f"{held_out['caches_worth']:+.4f}", "bits per byte", where))
     if metrics:
         last = metrics[-1]
         figures.append((f"{last['loss']:.3f}", "loss, nats per token", f"training, step {last['step']:,}"))

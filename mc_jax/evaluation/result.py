@@ -38,7 +38,7 @@ def write_result(
 
     Args:
       run: as it was read back.
-      held_out: as `evaluate_held_out` measured it; None: not measured.
+      held_out: as `evaluate_held_out` measured it, and what the caches are worth; None: not measured.
       metrics: one dict a step, as `read_metrics` gives them.
       parameters: how many the model has, and how many were trained.
       router: what its routers read of held-out text; None: there is nothing of that kind.

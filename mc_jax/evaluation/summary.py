@@ -7,11 +7,10 @@ from etils import epath
 
 from mc_jax import config as configs
 from mc_jax.config import TrainingConfig
-from mc_jax.evaluation.perplexity import evaluate_held_out
+from mc_jax.evaluation.perplexity import measure_caches, measure_held_out, reads_cache
 from mc_jax.evaluation.report import Sample, write_report
 from mc_jax.evaluation.result import write_result
 from mc_jax.evaluation.router import held_out_shares, router_picture
-from mc_jax.facts import AGGREGATION_FACTS
 from mc_jax.inference.generate import continue_text
 from mc_jax.training.initial import read_provenance
 from mc_jax.training.lock import RunLock
@@ -43,7 +42,7 @@ def summarize_run(run_dir: epath.PathLike) -> dict[str, float] | None:
 
 
 def _summarize(run: Run) -> dict[str, float] | None:
-    held_out = None if run.dataset.held_out is None else evaluate_held_out(run)
+    held_out = None if run.dataset.held_out is None else _held_out(run)
     metrics = read_metrics(run.folder)
     parameters = count_parameters(run.config, run.dataset.tokenizer.vocab_size)
     shares = held_out_shares(run)
@@ -52,7 +51,6 @@ def _summarize(run: Run) -> dict[str, float] | None:
     results |= {} if shares is None else shares.metrics()
     record_hparams(run.folder, configs.to_flat_dict(run.config), results, run.step)
     provenance = read_provenance(run.folder)
-    model = run.config.model
     write_report(
         run.folder,
         title=run.folder.name,
@@ -71,9 +69,15 @@ def _summarize(run: Run) -> dict[str, float] | None:
         },
         made=_made(result),
         stages=read_stages(run.folder).changes(),
-        reads_cache="memory" in model.layer_pattern and AGGREGATION_FACTS[model.aggregation].reads_cache,
+        reads_cache=reads_cache(run),
     )
     return held_out
+
+
+def _held_out(run: Run) -> dict[str, float]:
+    """The held-out result, and what cached memories add to it."""
+    measured = measure_held_out(run)
+    return measured.figures() | (measure_caches(run, measured) if reads_cache(run) else {})
 
 
 def _sample(run: Run) -> Sample:

@@ -74,6 +74,8 @@ def _write(run_dir, **changes):
             "loss": 1.25,
             "perplexity": 3.49,
             "bits_per_byte": 1.803,
+            "caches_worth": 0.0123,
+            "caches_worth_standard_error": 0.0021,
             "tokens": 12345,
             "bytes": 23456,
         },
@@ -242,6 +244,12 @@ def test_steps_without_a_finite_loss_are_left_out_and_counted(tmp_path):
     metrics[4] = {"step": 5, "loss": math.nan, "bits_per_byte": math.nan}
     page = HtmlPage(_write(tmp_path / "run", router="There is none.", metrics=metrics).read_text())
     assert "1 step whose loss was not finite is left out" in page.text
+
+
+def test_what_the_caches_are_worth_stands_beside_the_result(run_dir):
+    words = " ".join(HtmlPage((run_dir / "report.html").read_text()).text.split())
+    assert "± 0.0021, held-out, with its caches off" in words
+    assert "+0.0123" in words
 
 
 def test_held_out_losses_while_training_are_dots_in_the_curve(tmp_path):

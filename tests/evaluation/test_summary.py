@@ -124,6 +124,7 @@ def test_a_model_trains_to_its_report(name, corpus, tmp_path):
     assert ("One heat map a layer" in page) == routed
     must_tell_what_the_router_reads(tmp_path / "run", page, routed)
     assert ("no layers with a memory" in page) == ("memory" not in kinds)
+    must_tell_what_the_caches_are_worth(config, result, page)
 
 
 def must_tell_what_the_router_reads(run, page: str, routed: bool) -> None:
@@ -139,6 +140,16 @@ def must_tell_what_the_router_reads(run, page: str, routed: bool) -> None:
         share = router["layers"][0]["cached_share"]
         assert share == pytest.approx(lines[-1]["router_cached_share_layer_1"], rel=1e-5)
         assert 0 < share < 1
+
+
+def must_tell_what_the_caches_are_worth(config: Config, result, page: str) -> None:
+    """Where there are caches, by how much the run's own figure is better than without them."""
+    about = AGGREGATION_FACTS[config.model.aggregation]
+    has_caches = "memory" in config.model.layer_pattern and about.reads_cache
+    assert ("caches_worth" in result) == ("with its caches off" in page) == has_caches
+    if has_caches:
+        less = result["bits_per_byte_caches_off"] - result["bits_per_byte"]
+        assert result["caches_worth"] == pytest.approx(less, abs=1e-9)
 
 
 def must_be_measured_and_go_on_with_a_text(run) -> None:

@@ -28,7 +28,7 @@ PHASES = [
     (Disturbance("mc_jax.training.loop:on_mesh", (), entry=2), SAVED),
     (Disturbance(SAVING, ()), SAVED_WHILE_SAVING),
     (Disturbance(COUNTING, ()), SAVED_WHILE_SAVING),
-    (Disturbance("mc_jax.evaluation.summary:evaluate_held_out", ()), EVALUATION),
+    (Disturbance("mc_jax.evaluation.summary:measure_held_out", ()), EVALUATION),
     (Disturbance("mc_jax.evaluation.summary:write_report", ()), EVALUATION),
 ]
 NAMES = {SIGINT: "Ctrl-C", SIGTERM: "SIGTERM", SIGHUP: "SIGHUP"}

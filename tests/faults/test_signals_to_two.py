@@ -13,7 +13,7 @@ pytestmark = pytest.mark.xdist_group("faults of two")  # one worker: they share 
 
 NAME = "run"
 STEP = Disturbance("mc_jax.training.loop:on_mesh", (), entry=2)
-EVALUATION = Disturbance("mc_jax.evaluation.summary:evaluate_held_out", ())
+EVALUATION = Disturbance("mc_jax.evaluation.summary:measure_held_out", ())
 # Process 1 does not evaluate; it waits for process 0.
 WAITING = Disturbance("mc_jax.parallel.roll_call:RollCall.leave", ())
 
