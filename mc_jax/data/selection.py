@@ -19,10 +19,8 @@ from mc_jax.data.documents import Document
 from mc_jax.data.sources import Source
 from mc_jax.data.split import Share, cut_off, split_off
 
-_PARTS = (
-    HELD_OUT,
-    TRAIN,
-)  # held-out files are read first: their copies in the training text are the later ones
+# Held-out files are read first: their copies in the training text are the later ones.
+_PARTS = (HELD_OUT, TRAIN)
 _LEFT_OUT = len(_PARTS)
 _CHANGED = "files have changed while they were read"
 

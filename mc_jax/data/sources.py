@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, patterns and standard input, plain or compressed."""
+"""Sources of text: files, folders, patterns and standard input, plain or compressed."""
 
 import bz2
 import contextlib

@@ -15,7 +15,7 @@ class Topology:
     """Chips and how they are joined."""
 
     name: str
-    """As libtpu writes it, such as "v5p:4x4x4"; of GPUs, such as "h100:8"."""
+    """Its name as libtpu writes it, such as "v5p:4x4x4"; GPUs have one such as "h100:8"."""
     chip: str
     """A name in `CHIPS` or `GPUS`."""
     sides: tuple[int, ...]
